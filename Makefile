@@ -1,0 +1,24 @@
+# setup · demo · test · lint: each one first installs what it needs into .venv.
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: setup demo test lint
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  "Python 3.11, 3.12 or 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/python -m ggsd_jax.main --config=configs/synthetic.py --workdir=out/demo
+
+test: setup
+	$(VENV)/bin/python -m pytest -q --timeout=600
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,74 @@
+"""GGSD on furnished rooms that are generated on the spot: nothing is downloaded, minutes on two CPU cores.
+
+  python -m ggsd_jax.main --config=configs/synthetic.py --workdir=out/demo
+
+The 2D teacher is simulated (ggsd_jax/vision_language/simulated.py) and so are the class texts: this shows that the
+method works and lets you study it; it says nothing about real images.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 2
+    config.stage1_epochs = 70
+    config.stage2_epochs = 30
+    config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
+    config.log_every = 20
+    config.checkpoint_every = 500
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "synthetic"
+    config.data.root = ""
+    config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
+    config.data.label_set = "synthetic"
+    config.data.train_rooms = 80
+    config.data.val_rooms = 16
+    config.data.voxel_size = 0.08  # metres
+    config.data.chunks = 1
+    config.data.chunk_points = 20_000
+    config.data.augment = True
+    config.data.input_color = False
+    config.data.loop = 1
+    config.data.max_voxels = 100_000  # per replica
+    config.data.workers = 0
+
+    config.superpoints = ml_collections.ConfigDict()
+    config.superpoints.voxel_resolution = 0.08
+    config.superpoints.seed_resolution = 0.5
+    config.superpoints.color_importance = 0.2
+    config.superpoints.spatial_importance = 0.4
+    config.superpoints.normal_importance = 1.0
+
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.name = "simulated"
+
+    config.text = ml_collections.ConfigDict()
+    config.text.encoder = "stand-in:64"
+    config.text.prompt = "a {} in a scene"
+
+    config.model = ml_collections.ConfigDict()
+    config.model.arch = "MinkUNet14A"
+    config.model.width = 0.5
+    config.model.dtype = "float32"
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.distill_weight = 1.0
+    config.loss.superpoint_weight = 1.0  # 0: pixel-point distillation
+    config.loss.self_weight = 1.0
+    config.loss.temperature = 0.01
+    config.loss.label_source = "ema"  # or fixed_3d (the network at the end of stage 1), fixed_2d (the 2D features)
+    config.loss.voting = True
+    config.loss.ema_momentum = 0.99
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.power = 0.9
+    config.optimizer.openscene_lr_quirk = False
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.repeats = 5
+    config.eval.pictures = 2  # scenes to draw
+    return config

@@ -1,0 +1,98 @@
+"""Orbax checkpoints: the whole training state to go on from, and parameters only to ship."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
+
+MODEL_FILE = "model.json"
+
+
+def manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
+    """Manager of the training states in `directory`: the newest two, and the one of step `keep` for good.
+
+    A state is written under a temporary name and renamed when whole, so a killed run leaves only good ones.
+    """
+    policies = [checkpoint_managers.LatestN(2)]
+    if keep is not None:
+        policies.append(checkpoint_managers.CustomSteps([keep]))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
+    )
+    return ocp.CheckpointManager(directory.resolve(), options=options)
+
+
+def save(mngr: ocp.CheckpointManager, step: int, state: PyTree) -> None:
+    """Writes the state reached after `step` steps; a state of that step which is there already stays."""
+    if step not in mngr.all_steps():
+        mngr.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore(mngr: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
+    """The state saved at `step`, as host arrays in the structure of `like`.
+
+    Raises:
+        ValueError: the saved state has other shapes or names than `like` (another network or optimizer).
+    """
+    try:
+        state = mngr.restore(step, args=ocp.args.StandardRestore(jax.tree.map(jnp.asarray, like)))
+    except ValueError as error:
+        raise ValueError(
+            f"{mngr.directory}/{step} does not hold a state of this configuration; use another --workdir. {error}"
+        ) from error
+    return jax.tree.map(np.asarray, state)
+
+
+def restore_end_of_stage1(directory: Path, step: int, like: PyTree) -> PyTree:
+    """The state that another run's checkpoint folder keeps of the end of its stage 1, which must be at `step`.
+
+    Raises:
+        FileNotFoundError: there is none of that step.
+    """
+    with ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as mngr:
+        if step not in mngr.all_steps():
+            raise FileNotFoundError(
+                f"{directory} has no state of step {step}, the end of stage 1 of this configuration; it has "
+                f"{sorted(mngr.all_steps())}. `stage1_from` must name a run with the same stage 1"
+            )
+        return restore(mngr, step, like)
+
+
+def save_model(directory: Path, variables: PyTree, info: dict) -> None:
+    """Writes `variables` (parameters and batch-norm statistics) and `info` as a folder that can be shipped."""
+    temporary = directory.with_name(directory.name + ".tmp").resolve()
+    shutil.rmtree(temporary, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
+    (temporary / MODEL_FILE).write_text(json.dumps(info, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+
+
+def load_model(directory: Path) -> tuple[PyTree, dict]:
+    """Reads what `save_model` wrote: `(variables, info)`, the variables as NumPy arrays.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+    """
+    path = directory / MODEL_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no model ({MODEL_FILE} is missing); name a run's work directory or its model/ folder"
+        )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = (directory / "variables").resolve()
+        kinds = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(saved).item_metadata.tree
+        )
+        variables = checkpointer.restore(saved, restore_args=kinds)
+    return variables, json.loads(path.read_text())

@@ -1,0 +1,321 @@
+"""Prepared scenes -> augmentation -> voxels -> padded batches.
+
+Training batches are a pure function of (config.seed, step): which scenes, which chunk of their feature
+points, how they are turned, scaled, flipped and shifted. A run that starts again at any step sees what it
+would have seen.
+
+The augmentations are those that reach OpenScene's network in distillation: a random rotation and scale of
+every cloud (also where `data.augment` is off, and in repeated evaluation), flips of the horizontal axes, and
+one shift of the voxel grid per batch. Its elastic distortion is computed but never used there, and its colour
+jitter is overwritten by ones.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Float, Float32, Float64, Int, Int32
+
+from data.scene import Scene
+from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, next_bucket, repad, voxelize
+
+_MAX_SHIFT = 100  # voxels, as OpenScene; every alignment to the coarsest grid is seen
+_PREFETCHED_BATCHES = 4
+
+
+@runtime_checkable
+class SceneSource(Protocol):
+    """Random access to records: `chunks` consecutive ones per scene, alike but for their features."""
+
+    chunks: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, record: int) -> Scene: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Several scenes as one padded cloud; with a leading axis [R] on every array for R replicas.
+
+    All shapes depend on the bucket and the config alone. Leaves are NumPy arrays on the host, jax arrays in a
+    step.
+    """
+
+    pyramid: Pyramid
+    feats: Any  # float32 [V, 3]: network input; ones, or colours in [-1, 1]
+    superpoints: Any  # int32 [V]: ids 0.. without gaps over the whole batch; -1 = in none, or padding
+    targets: Any  # float16 [M, C]: fused 2D features
+    target_index: Any  # int32 [M]: their voxel rows, ascending; -1 = padding, at the end
+    num_superpoints: int = dataclasses.field(metadata={"static": True})  # capacity: every id is below it
+
+    @property
+    def bucket(self) -> int:
+        """Row capacity V, with or without the replica axis."""
+        return self.feats.shape[-2]
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+
+
+def random_transform(rng: np.random.Generator, *, flip: bool = False) -> Float64[np.ndarray, "3 3"]:
+    """Random rotation and scale of a cloud about the origin, as OpenScene's voxelizer makes it.
+
+    The angles about x and y are within pi/64, about z any, multiplied in random order; the scale is 0.9..1.1.
+
+    With `flip`, x and y are mirrored as well: each with probability 1/2 in 95 of 100 cases.
+    """
+    bounds = (np.pi / 64, np.pi / 64, np.pi)
+    rotations = [_rotation(axis, rng.uniform(-bound, bound)) for axis, bound in enumerate(bounds)]
+    first, second, third = rng.permutation(3)
+    transform = rotations[first] @ rotations[second] @ rotations[third] * rng.uniform(0.9, 1.1)
+    if flip and rng.random() < 0.95:
+        mirror = np.where(rng.random(2) < 0.5, -1.0, 1.0)
+        transform = np.diag([*mirror, 1.0]) @ transform
+    return transform
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    a, b = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.eye(3)
+    matrix[a, a] = matrix[b, b] = np.cos(angle)
+    matrix[b, a] = np.sin(angle)
+    matrix[a, b] = -matrix[b, a]
+    return matrix
+
+
+def transformed_voxels(
+    points: Float32[np.ndarray, "N 3"], voxel_size: float, transform: Float64[np.ndarray, "3 3"]
+) -> Voxels:
+    """Voxels of the transformed points, moved so that the smallest coordinate of each axis is 0."""
+    voxels = voxelize(points.astype(np.float64) @ transform.T, voxel_size)
+    return voxels._replace(coords=voxels.coords - voxels.coords.min(0))
+
+
+def voxelized_views(
+    scene: Scene, voxel_size: float, rng: np.random.Generator | None, max_voxels: int | None = None
+) -> tuple[Int32[np.ndarray, "V 4"], Int32[np.ndarray, "N"]]:
+    """One view of a scene for evaluation: randomly rotated and scaled, or as it is where `rng` is None.
+
+    Returns:
+        Voxel coordinates (0, x, y, z) in ascending order, and the voxel of each point.
+    Raises:
+        ValueError: more than `max_voxels` voxels.
+    """
+    transform = np.eye(3) if rng is None else random_transform(rng)
+    voxels = transformed_voxels(scene.points, voxel_size, transform)
+    if max_voxels is not None and len(voxels.coords) > max_voxels:
+        raise ValueError(
+            f"scene {scene.name} has {len(voxels.coords)} voxels of {voxel_size} m, more than "
+            f"data.max_voxels={max_voxels}: raise data.max_voxels or data.voxel_size, or split the scene"
+        )
+    return np.pad(voxels.coords, ((0, 0), (1, 0))), voxels.inverse
+
+
+# ---------------------------------------------------------------------------------------- one replica's batch
+
+
+def target_capacity(bucket: int, scenes: int, chunk_points: int) -> int:
+    """Rows kept for 2D features: a scene has at most `chunk_points` of them, a voxel at most one."""
+    return min(bucket, -(-scenes * chunk_points // 128) * 128)
+
+
+def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_collections.ConfigDict) -> Batch:
+    """Concatenates voxelised scenes and pads them to the smallest bucket that holds them.
+
+    A voxel stands for its first point: it has that point's superpoint, colour and 2D feature, or none.
+    `inverse` of the voxels is not used, so rows may have been taken out of `coords` and `first`.
+    """
+    sizes = [len(v.coords) for v in voxels]
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    coords = [np.pad(v.coords, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(voxels)]
+    feats = [_input_feats(s, v, config.data.input_color) for s, v in zip(scenes, voxels, strict=True)]
+    superpoints, num_superpoints = _compact_superpoints(scenes, voxels)
+    targets, target_index = [], []
+    for scene, scene_voxels, start in zip(scenes, voxels, starts, strict=True):
+        row_of_point = np.full(len(scene.points), -1, np.int32)
+        row_of_point[scene.feature_index] = np.arange(len(scene.feature_index), dtype=np.int32)
+        row = row_of_point[scene_voxels.first]
+        targets.append(scene.features[row[row >= 0]])
+        target_index.append(start + np.flatnonzero(row >= 0).astype(np.int32))
+
+    pyramid = build_pyramid(np.concatenate(coords))
+    bucket = pyramid.bucket
+    while num_superpoints > bucket // 4:
+        bucket = next_bucket(bucket + 1)
+    batch = Batch(
+        pyramid=pyramid,
+        feats=np.concatenate(feats),
+        superpoints=superpoints,
+        targets=np.concatenate(targets),
+        target_index=np.concatenate(target_index),
+        num_superpoints=num_superpoints,
+    )
+    return pad_batch(batch, bucket, target_capacity(bucket, len(scenes), config.data.chunk_points))
+
+
+def pad_batch(batch: Batch, bucket: int, num_targets: int) -> Batch:
+    """The same batch with the capacities of a bucket at least as large."""
+
+    def pad(rows: np.ndarray, capacity: int, value: int) -> np.ndarray:
+        padded = np.full((capacity, *rows.shape[1:]), value, rows.dtype)
+        padded[: len(rows)] = rows
+        return padded
+
+    return Batch(
+        pyramid=batch.pyramid if bucket == batch.pyramid.bucket else repad(batch.pyramid, bucket),
+        feats=pad(batch.feats, bucket, 0),
+        superpoints=pad(batch.superpoints, bucket, -1),
+        targets=pad(batch.targets, num_targets, 0),
+        target_index=pad(batch.target_index, num_targets, -1),
+        num_superpoints=bucket // 4,
+    )
+
+
+def _compact_superpoints(scenes: Sequence[Scene], voxels: Sequence[Voxels]) -> tuple[np.ndarray, int]:
+    """Superpoint of each voxel with ids 0.. over all scenes, and how many there are."""
+    parts, count = [], 0
+    for scene, scene_voxels in zip(scenes, voxels, strict=True):
+        of_voxel = scene.superpoints[scene_voxels.first]
+        compact = np.full(len(of_voxel), -1, np.int32)
+        ids, compact[of_voxel >= 0] = np.unique(of_voxel[of_voxel >= 0], return_inverse=True)
+        parts.append(np.where(compact >= 0, compact + count, -1).astype(np.int32))
+        count += len(ids)
+    return np.concatenate(parts), count
+
+
+def _input_feats(scene: Scene, voxels: Voxels, input_color: bool) -> Float[np.ndarray, "V 3"]:
+    if not input_color:
+        return np.ones((len(voxels.first), 3), np.float32)
+    if scene.colors is None:
+        raise ValueError(f"scene {scene.name} has no colors, set data.input_color=False")
+    return scene.colors[voxels.first].astype(np.float32) / 127.5 - 1.0
+
+
+# --------------------------------------------------------------------------------------------------- cropping
+
+
+def crop_shares(sizes: Int[np.ndarray, "S"], budget: int) -> Int[np.ndarray, "S"]:
+    """Voxels each scene may keep to fit `budget`: small scenes stay whole, the others share what is left."""
+    shares = np.empty(len(sizes), np.int64)
+    for rank, scene in enumerate(np.argsort(sizes, kind="stable")):
+        shares[scene] = min(sizes[scene], budget // (len(sizes) - rank))
+        budget -= shares[scene]
+    return shares
+
+
+def crop(voxels: Voxels, keep: int, centre: Int[np.ndarray, "3"]) -> Voxels:
+    """The `keep` voxels nearest to `centre`, in their order; `inverse` does not belong to them."""
+    distance = ((voxels.coords.astype(np.int64) - centre) ** 2).sum(1)
+    rows = np.sort(np.argsort(distance, kind="stable")[:keep])
+    return voxels._replace(coords=voxels.coords[rows], first=voxels.first[rows])
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def steps_per_epoch(config: ml_collections.ConfigDict, source: SceneSource) -> int:
+    """Whole batches in one epoch, which visits every scene `data.loop` times."""
+    visits = len(source) // source.chunks * config.data.loop
+    if visits < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {visits} scenes an epoch visits "
+            "(training scenes x data.loop): lower batch_size, or raise data.loop"
+        )
+    return visits // config.batch_size
+
+
+def train_iterator(
+    source: SceneSource, config: ml_collections.ConfigDict, *, num_replicas: int, start_step: int = 0
+) -> Iterator[Batch]:
+    """Endless training batches from `start_step` on, each with a leading replica axis.
+
+    To resume, ask for the step to go on from: nothing else needs to be saved. Batches are made ahead of time
+    in threads, or in `data.workers` processes where that is not 0.
+
+    Raises:
+        ValueError: `batch_size` does not divide among the replicas, or is more than an epoch visits.
+    """
+    if config.batch_size % num_replicas:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide among {num_replicas} devices: make it a multiple"
+        )
+    steps_per_epoch(config, source)
+    visits = len(source) // source.chunks * config.data.loop
+    batches = (
+        grain.MapDataset.range(visits)
+        .seed(config.seed)
+        .shuffle()
+        .batch(config.batch_size, drop_remainder=True)
+        .repeat()
+        .random_map(_GlobalBatch(source, config, num_replicas))
+    )[start_step:]
+    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    iterable = batches.to_iter_dataset(threads)
+    if config.data.workers:
+        if not flags.FLAGS.is_parsed():  # as in a notebook; grain's worker processes read absl flags
+            flags.FLAGS.mark_as_parsed()
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
+        )
+    return iter(iterable)
+
+
+class _GlobalBatch:
+    """Makes the batch of one step from its scenes and its random numbers."""
+
+    def __init__(self, source: SceneSource, config: ml_collections.ConfigDict, num_replicas: int):
+        self.source = source
+        self.config = config
+        self.num_replicas = num_replicas
+        self.cropped: set[str] = set()
+
+    def __call__(self, visits: Int[np.ndarray, "B"], rng: np.random.Generator) -> Batch:
+        data, num_scenes = self.config.data, len(self.source) // self.source.chunks
+        shift = rng.integers(_MAX_SHIFT, size=3, dtype=np.int32)
+        scenes, voxels, centres = [], [], []
+        for visit in visits:
+            chunk = rng.integers(self.source.chunks)
+            scene = self.source[int(visit % num_scenes * self.source.chunks + chunk)]
+            view = transformed_voxels(scene.points, data.voxel_size, random_transform(rng, flip=data.augment))
+            scenes.append(scene)
+            voxels.append(view._replace(coords=view.coords + shift))
+            centres.append(voxels[-1].coords[rng.integers(len(view.coords))])
+
+        share = len(scenes) // self.num_replicas
+        parts = [slice(start, start + share) for start in range(0, len(scenes), share)]
+        replicas = [self._fit(scenes[part], voxels[part], centres[part]) for part in parts]
+        bucket = max(replica.bucket for replica in replicas)
+        num_targets = target_capacity(bucket, share, data.chunk_points)
+        replicas = [pad_batch(replica, bucket, num_targets) for replica in replicas]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *replicas)
+
+    def _fit(self, scenes: list[Scene], voxels: list[Voxels], centres: list[np.ndarray]) -> Batch:
+        """A batch within the largest bucket; scenes are cropped around their centres until it is."""
+        largest = next_bucket(self.config.data.max_voxels)
+        sizes = np.array([len(v.coords) for v in voxels])
+        budget = self.config.data.max_voxels
+        while True:
+            shares = crop_shares(sizes, budget)
+            kept = [
+                crop(v, int(share), centre) if share < len(v.coords) else v
+                for v, share, centre in zip(voxels, shares, centres, strict=True)
+            ]
+            batch = make_batch(scenes, kept, self.config)
+            if batch.bucket <= largest:
+                break
+            budget = min(budget, int(sizes.sum())) * 9 // 10  # its neighbours or superpoints did not fit
+        for scene, size, share in zip(scenes, sizes, shares, strict=True):
+            if share < size and scene.name not in self.cropped:
+                self.cropped.add(scene.name)
+                logging.warning(
+                    "scene %s cropped from %d to %d voxels to fit data.max_voxels=%d (said once per scene)",
+                    scene.name, size, share, self.config.data.max_voxels,
+                )  # fmt: skip
+        return batch

@@ -1,0 +1,253 @@
+"""The sparse 3D U-Nets MinkUNet14/18/34, as MinkowskiEngine's examples define them and OpenScene trains them.
+
+Five levels of voxels, tensor stride 1 to 16; two 3^3 convolutions per residual block; 2^3 convolutions of
+stride 2 lead down and, transposed, up again. No convolution has a bias. Parameter names and kernel layouts
+are MinkowskiEngine's, so that its checkpoints only need renaming (`openscene.py`).
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from kernels.sparse_conv import sparse_conv
+from kernels.voxel_grid import KernelMap, Pyramid, build_pyramid
+
+# Residual blocks and widths of the eight stages, from MinkowskiEngine's examples/minkunet.py
+# and OpenScene's models/mink_unet.py
+LAYERS = {
+    "MinkUNet14": (1, 1, 1, 1, 1, 1, 1, 1),
+    "MinkUNet18": (2, 2, 2, 2, 2, 2, 2, 2),
+    "MinkUNet34": (2, 3, 4, 6, 2, 2, 2, 2),
+}
+PLANES = {
+    "MinkUNet14A": (32, 64, 128, 256, 128, 128, 96, 96),
+    "MinkUNet14B": (32, 64, 128, 256, 128, 128, 128, 128),
+    "MinkUNet14C": (32, 64, 128, 256, 192, 192, 128, 128),
+    "MinkUNet14D": (32, 64, 128, 256, 384, 384, 384, 384),
+    "MinkUNet18A": (32, 64, 128, 256, 128, 128, 96, 96),
+    "MinkUNet18B": (32, 64, 128, 256, 128, 128, 128, 128),
+    "MinkUNet18D": (32, 64, 128, 256, 384, 384, 384, 384),
+    "MinkUNet34A": (32, 64, 128, 256, 256, 128, 64, 64),
+    "MinkUNet34B": (32, 64, 128, 256, 256, 128, 64, 32),
+    "MinkUNet34C": (32, 64, 128, 256, 256, 128, 96, 96),
+}
+INIT_DIM = 32
+
+# MinkowskiEngine's initialisation. Its "fan out" of a [K, Cin, Cout] kernel is K * Cout, but of a [Cin, Cout]
+# kernel it is Cin; transposed convolutions keep the uniform default.
+_CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # std sqrt(2 / (K Cout))
+_POINTWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # std sqrt(2 / Cin)
+_TRANSPOSED_INIT = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # +-1 / sqrt(K Cout)
+
+
+class Architecture(NamedTuple):
+    """What distinguishes the networks of the family."""
+
+    layers: tuple[int, ...]
+    """Residual blocks of the eight stages."""
+    planes: tuple[int, ...]
+    """Widths of the eight stages."""
+    init_dim: int
+    """Width of the first convolution."""
+
+
+def architecture(name: str) -> Architecture:
+    """MinkUNet14A-D, 18A, B, D, 34A-C; ValueError with the nearest name for any other."""
+    if name not in PLANES:
+        by_lower = {known.lower(): known for known in PLANES}
+        near = by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+        raise ValueError(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(PLANES)}")
+    return Architecture(LAYERS[name[:-1]], PLANES[name], INIT_DIM)
+
+
+class SparseConv(nn.Module):
+    """Convolution over a kernel map; kernel [K, Cin, Cout] in MinkowskiEngine's offset order."""
+
+    features: int
+    transposed: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N Cin"], kernel_map: KernelMap) -> Float[Array, "M Cout"]:
+        shape = (kernel_map.kernel_volume, x.shape[-1], self.features)
+        init = _TRANSPOSED_INIT if self.transposed else _CONV_INIT
+        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
+        if self.is_initializing():  # only shapes matter then; a minute of compilation saved
+            return jnp.zeros((kernel_map.num_in if self.transposed else kernel_map.num_out, shape[2]), self.dtype)
+        return sparse_conv(x.astype(self.dtype), kernel, kernel_map, transposed=self.transposed)
+
+
+def _pointwise(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+    """Kernel size 1 is a matrix product; kernel [Cin, Cout]."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_POINTWISE_INIT, name=name)
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch norm over the valid rows, of all replicas if `axis_name` is given; padding rows come out zero.
+
+    Statistics are those of one batch made of every replica's valid rows: counts and sums are reduced, not
+    averages, and squares are summed about the common mean, in at least float32. As in torch, rows are
+    normalised with the biased variance and the running variance takes the unbiased one (0 for a single row,
+    which torch refuses).
+    """
+
+    axis_name: str | None = None
+    momentum: float = 0.1  # weight of the new statistics
+    epsilon: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N C"], mask: Bool[Any, " N"], train: bool) -> Float[Array, "N C"]:
+        channels = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        keep = jnp.asarray(mask)[:, None]
+        if train:
+            count, total = self._reduce((jnp.sum(keep, dtype=x.dtype), jnp.sum(jnp.where(keep, x, 0), 0)))
+            mean = total / jnp.maximum(count, 1)
+            squares = self._reduce(jnp.sum(jnp.where(keep, jnp.square(x - mean), 0), 0))
+            var = squares / jnp.maximum(count, 1)
+            if not self.is_initializing():
+                unbiased = squares / jnp.maximum(count - 1, 1)
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return jnp.where(keep, y, 0).astype(self.dtype)
+
+    def _reduce(self, sums: Any) -> Any:
+        return jax.lax.psum(sums, self.axis_name) if self.axis_name and not self.is_initializing() else sums
+
+
+class BasicBlock(nn.Module):
+    """Two 3^3 convolutions and a shortcut, which is a 1x1 convolution where the width changes."""
+
+    features: int
+    dtype: DTypeLike
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N Cin"], kernel_map: KernelMap, mask: Bool[Any, " N"], train: bool
+    ) -> Float[Array, "N Cout"]:
+        conv = functools.partial(SparseConv, self.features, dtype=self.dtype)
+        norm = functools.partial(MaskedBatchNorm, self.axis_name, dtype=self.dtype)
+        y = nn.relu(norm(name="norm1")(conv(name="conv1")(x, kernel_map), mask, train))
+        y = norm(name="norm2")(conv(name="conv2")(y, kernel_map), mask, train)
+        if x.shape[-1] != self.features:
+            x = _pointwise(self.features, self.dtype, "downsample_0")(x)
+            x = norm(name="downsample_1")(x, mask, train)
+        return nn.relu(y + x)
+
+
+class MinkUNet(nn.Module):
+    """Sparse U-Net from voxel features to `out_channels` raw features per voxel, not normalised.
+
+    Args:
+        layers, planes, init_dim: see `Architecture`.
+        dtype: of the arithmetic; parameters and statistics keep their own. Batch norm uses at least float32.
+        axis_name: replicas over which batch statistics are reduced.
+    """
+
+    layers: tuple[int, ...]
+    planes: tuple[int, ...]
+    out_channels: int
+    init_dim: int = INIT_DIM
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, feats: Float[Any, "V Cin"], pyramid: Pyramid, train: bool) -> Float[Array, "V Cout"]:
+        """Features of the voxels on level 0; padding rows come out zero and reach no valid row.
+
+        `train` normalises with the batch's statistics and updates the running ones ("batch_stats").
+        """
+
+        masks = [pyramid.mask(level) for level in range(5)]
+
+        def conv_norm_relu(x, conv, norm, width, kernel_map, level, transposed=False):
+            x = SparseConv(width, transposed, self.dtype, name=conv)(x, kernel_map)
+            x = MaskedBatchNorm(self.axis_name, dtype=self.dtype, name=norm)(x, masks[level], train)
+            return nn.relu(x)
+
+        def stage(x, number, level):
+            for i in range(self.layers[number - 1]):
+                width, name = self.planes[number - 1], f"block{number}_{i}"
+                block = BasicBlock(width, self.dtype, self.axis_name, name=name)
+                x = block(x, pyramid.submanifold[level], masks[level], train)
+            return x
+
+        x = conv_norm_relu(jnp.asarray(feats), "conv0p1s1", "bn0", self.init_dim, pyramid.stem, 0)
+        skips = [x]
+        for level in range(1, 5):
+            conv = f"conv{level}p{2 ** (level - 1)}s2"
+            x = conv_norm_relu(x, conv, f"bn{level}", x.shape[-1], pyramid.down[level - 1], level)
+            x = stage(x, level, level)
+            skips.append(x)
+        for level in range(3, -1, -1):
+            i = 7 - level
+            conv, width = f"convtr{i}p{2 ** (level + 1)}s2", self.planes[i]
+            x = conv_norm_relu(x, conv, f"bntr{i}", width, pyramid.down[level], level, transposed=True)
+            x = stage(jnp.concatenate([x, skips[level]], axis=-1), i + 1, level)
+        return _pointwise(self.out_channels, self.dtype, "final")(x)
+
+
+Path = tuple[str, ...]
+
+
+def from_shapes(
+    shapes: Mapping[Path, tuple[int, ...]], layers: tuple[int, ...], spell: Callable[[Path], str] = "/".join
+) -> MinkUNet:
+    """The network with these stages whose widths are those of its variables.
+
+    Args:
+        shapes: of every variable, by its path (collection, module..., name).
+        layers: see `Architecture`.
+        spell: names a variable in messages.
+    Raises:
+        ValueError: not that network's variables; names those that are missing, unexpected or misshapen.
+    """
+
+    def kernel_shape(*modules: str) -> tuple[int, ...]:
+        path = ("params", *modules, "kernel")
+        if len(shapes.get(path, ())) < 2:
+            raise ValueError(f"{spell(path)} is missing or not a kernel")
+        return shapes[path]
+
+    in_channels, init_dim = kernel_shape("conv0p1s1")[-2:]
+    planes = tuple(kernel_shape(f"block{i}_0", "conv1")[-1] for i in range(1, 9))
+    model = MinkUNet(layers, planes, kernel_shape("final")[-1], init_dim)
+    expected = _variable_shapes(model, in_channels)
+    problems = [f"{spell(path)} is missing" for path in expected if path not in shapes]
+    problems += [f"{spell(path)} is unexpected" for path in shapes if path not in expected]
+    problems += [
+        f"{spell(path)} has shape {shapes[path]}, expected {shape}"
+        for path, shape in expected.items()
+        if shapes.get(path, shape) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("; ".join(problems[:8]) + more)
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _variable_shapes(model: MinkUNet, in_channels: int) -> dict[Path, tuple[int, ...]]:
+    pyramid = build_pyramid(np.zeros((1, 4), np.int32))
+    feats = np.zeros((pyramid.bucket, in_channels), np.float32)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), feats, pyramid)
+    return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}

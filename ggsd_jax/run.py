@@ -1,0 +1,99 @@
+"""A run from raw data to results: what is missing in the work directory is done, in order."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import logging
+
+from ggsd_jax import evaluate, prepare, train
+from ggsd_jax.train import NonFiniteError
+
+__all__ = ["MODES", "NonFiniteError", "run"]
+
+MODES = ["all", "prepare", "train", "eval"]
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all") -> dict | None:
+    """Prepares, trains and evaluates as `mode` says; returns the content of `results.json` where there is one.
+
+    Raises:
+        ValueError: `workdir` belongs to another configuration.
+    """
+    _claim(workdir, config)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ggsd_jax" / "xla"))
+    results_file = workdir / "results.json"
+    if mode == "all" and results_file.exists():
+        results = json.loads(results_file.read_text())
+        print(f"{workdir} is complete:\n\n{evaluate.table(results)}")
+        return results
+    data_dir = Path(config.data.prepared or workdir / "data")
+    if mode in ("all", "prepare"):
+        with _timed(workdir, "prepare"):
+            prepare.prepare(config, data_dir)
+    if mode in ("all", "train"):
+        with _timed(workdir, "train"):
+            train.train(config, workdir, data_dir)
+    if mode in ("all", "eval"):
+        with _timed(workdir, "eval"):
+            results = evaluate.evaluate(config, workdir, data_dir)
+        results["seconds"] = json.loads((workdir / "seconds.json").read_text())
+        write_json(results_file, results)
+        print(f"\n{evaluate.table(results)}\n\nwritten: {results_file}")
+        return results
+    return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes `config.json`, or makes sure that the one there says the same."""
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json_best_effort())
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+        return
+    theirs = json.loads(path.read_text())
+    for field, values in differences(theirs, mine).items():
+        raise ValueError(
+            f"{path}: {field} is {values[0]!r} there and {values[1]!r} here. A work directory belongs to one "
+            "configuration: give another --workdir, or the old value"
+        )
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
+    """Dotted names of the fields in which two nested dicts differ, with both values (None = absent)."""
+    found = {}
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+class _timed:
+    """Adds the seconds spent in a part of the run to `seconds.json`, over all its sittings."""
+
+    def __init__(self, workdir: Path, part: str):
+        self.path, self.part = workdir / "seconds.json", part
+
+    def __enter__(self):
+        logging.info("%s: start", self.part)
+        self.start = time.monotonic()
+
+    def __exit__(self, *_):
+        seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+        seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
+        write_json(self.path, seconds)

@@ -1,0 +1,161 @@
+"""Label -> text embedding: rows of a precomputed file (real CLIP), or a deterministic stand-in that needs no
+file.
+
+The stand-in is no language model. It knows a short table of concepts and places related names near each
+other, so that demonstrations and tests run offline; nothing measured with it says anything about CLIP.
+"""
+
+import difflib
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+STAND_IN = "stand-in"
+_STAND_IN_WIDTH = 64
+
+# One axis of the stand-in per concept. A name that holds several of the words has several concepts.
+_CONCEPTS = {
+    "seat": "chair armchair sofa couch stool bench ottoman seat loveseat",
+    "soft": "bed sofa couch pillow cushion mattress blanket crib towel clothes",
+    "table": "table desk counter nightstand workbench",
+    "storage": "cabinet bookshelf bookcase shelf shelves wardrobe dresser drawer cupboard closet chest box",
+    "appliance": "refrigerator fridge oven stove microwave dishwasher washer machine heater radiator",
+    "bath": "sink bathtub toilet shower basin bath faucet urinal",
+    "structure": "wall floor ceiling column pillar beam stairs",
+    "opening": "door window curtain blinds doorway gate",
+    "flat": "picture mirror whiteboard poster painting sign board photo",
+    "screen": "monitor tv television screen computer laptop display",
+    "decoration": "lamp light chandelier candle vase plant sculpture clock",
+    "vegetation": "plant tree bush vegetation flower shrub leaves hedge woods",
+    "ground": "floor road sidewalk terrain grass surface carpet rug flat street lawn",
+    "building": "building wall manmade house facade fence bridge pole",
+    "vehicle": "car truck bus trailer vehicle van train",
+    "cycle": "bicycle motorcycle bike scooter moped",
+    "barrier": "barrier cone fence barricade railing curb",
+    "person": "person pedestrian man woman child rider",
+    "catch-all": "other furniture otherfurniture prop otherprop object thing structure otherstructure",
+}
+_SHARED, _CONCEPT, _OWN = 0.08, 0.57, 0.35  # squared lengths of the three parts of a stand-in row
+
+# Spellings under which other data sets look up the same thing (OpenScene replaces the first one too).
+_SYNONYMS = {"otherfurniture": "other", "refridgerator": "refrigerator", "television": "tv", "couch": "sofa"}
+
+
+def embed(
+    labels: Sequence[str], encoder: str | Path = STAND_IN, prompt: str = "a {} in a scene"
+) -> Float32[np.ndarray, "L C"]:
+    """Unit rows, one per label.
+
+    Args:
+      labels: names; upper case and underscores make no difference.
+      encoder: "stand-in" (64 wide), "stand-in:128" (any width from 32 on), or the path of an .npz file with
+        `embedding` [n, C] and `names` [n].
+      prompt: template of the sentence that is embedded. Ignored by both kinds of encoder: the stand-in knows
+        words, not sentences, and a file's rows were made with the prompt of its maker.
+
+    Raises:
+      ValueError: no labels, an empty one, one that the file does not have, or a file without the two arrays.
+      FileNotFoundError: there is no such file.
+    """
+    names = [_normal(label) for label in labels]
+    if not names or not all(names):
+        raise ValueError(f"labels must be one or more names that are not empty, got {list(labels)}")
+    kind, _, width = str(encoder).partition(":")
+    if kind == STAND_IN:
+        return _stand_in(names, _width(width) if width else _STAND_IN_WIDTH)
+    if Path(encoder).suffix == ".npz":
+        return _from_file(names, Path(encoder))
+    raise ValueError(
+        f"text encoder {str(encoder)!r} is unknown; expected 'stand-in', 'stand-in:64' or a path to an .npz"
+    )
+
+
+def _normal(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or int(text) < len(_CONCEPTS) + 13:
+        raise ValueError(f"text encoder 'stand-in:{text}': the width must be a whole number of at least 32")
+    return int(text)
+
+
+def _stand_in(names: list[str], width: int) -> Float32[np.ndarray, "L C"]:
+    """Row = one direction shared by all names + the axes of its concepts + what is its own.
+
+    Two names with the same concept have a cosine of about 0.65, with one of two in common about 0.5,
+    unrelated ones about 0.1. CLIP's names are at 0.7-0.9 of each other; a training of minutes cannot pull
+    those apart.
+    """
+    rows = np.zeros((len(names), width), np.float32)
+    axes = 1 + len(_CONCEPTS)
+    for row, name in zip(rows, names, strict=True):
+        words = name.replace("-", " ").split() or [name]
+        concepts = np.array(
+            [any(_is_form(word, known.split()) for word in words) for known in _CONCEPTS.values()]
+        )
+        own = sum(_direction(word, width - axes) for word in words)
+        row[0] = np.sqrt(_SHARED)
+        row[1:axes] = np.sqrt(_CONCEPT / max(concepts.sum(), 1)) * concepts
+        row[axes:] = np.sqrt(_OWN) * own / np.linalg.norm(own)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _is_form(word: str, known: list[str]) -> bool:
+    return word in known or word.removesuffix("s") in known or word.removesuffix("es") in known
+
+
+def _direction(word: str, width: int) -> Float32[np.ndarray, " C"]:
+    direction = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(width)
+    return (direction / np.linalg.norm(direction)).astype(np.float32)
+
+
+def _from_file(names: list[str], path: Path) -> Float32[np.ndarray, "L C"]:
+    known, rows = _read(path)
+    index = {}
+    for i, name in enumerate(known):
+        index.setdefault(_normal(name), i)
+    for i, name in enumerate(known):  # LVIS writes the sense in brackets: car_(automobile)
+        index.setdefault(_normal(re.sub(r"\(.*?\)", "", name)), i)
+    for one, other in _SYNONYMS.items():
+        for new, old in ((one, other), (other, one)):
+            if old in index:
+                index.setdefault(new, index[old])
+    for name in names:
+        if name not in index:
+            near = difflib.get_close_matches(name, index, n=3, cutoff=0.0)
+            raise ValueError(
+                f"{path}: no embedding of {name!r}; the nearest names there are {', '.join(near)}"
+            )
+    return rows[[index[name] for name in names]]
+
+
+def _read(path: Path) -> tuple[list[str], Float32[np.ndarray, "n C"]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = {"embedding", "names"} - set(archive.files)
+            if missing:
+                raise ValueError(
+                    f"has no array {', '.join(sorted(missing))}; found {', '.join(archive.files)}"
+                )
+            embedding, names = archive["embedding"], archive["names"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file of text embeddings") from None
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of text embeddings: {error}") from error
+    if embedding.ndim != 2 or embedding.dtype.kind != "f" or names.shape != embedding.shape[:1]:
+        raise ValueError(
+            f"{path}: embedding must be floating point [n, C] and names [n], "
+            f"got {embedding.dtype} {list(embedding.shape)} and {list(names.shape)}"
+        )
+    rows = embedding.astype(np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
+    if bad.size:
+        raise ValueError(f"{path}: embedding row {bad[0]} ({names[bad[0]]}) is zero or not finite")
+    return [str(name) for name in names], rows / norms

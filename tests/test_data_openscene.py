@@ -1,0 +1,130 @@
+"""OpenScene's preprocessed scenes and feature files, its own ones and small ones made to be wrong."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from data import openscene
+
+POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
+COLORS = np.array([[-1, 0, 1]] * 4, np.float32)
+LABELS = np.array([0, 19, -100, 255], np.float64)
+
+
+def save(path, content) -> str:
+    """A torch zip file of NumPy arrays, as torch.save of them makes it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{path.stem}/data.pkl", pickle.dumps(content, protocol=2))
+        archive.writestr(f"{path.stem}/version", "3\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return dict(np.load(shared / "golden/extras_pipeline.npz"))
+
+
+def test_a_preprocessed_scene_becomes_bytes_of_color_and_ignored_labels(tmp_path):
+    scene = openscene.read_scene(save(tmp_path / "scene0000_01_vh_clean_2.pth", (POINTS, COLORS, LABELS)))
+    assert scene.name == "scene0000_01"
+    np.testing.assert_array_equal(scene.points, POINTS)
+    assert scene.colors[0].tolist() == [0, 128, 255] and scene.labels.tolist() == [0, 19, 255, 255]
+
+
+def test_a_lidar_scene_without_colors_has_none(tmp_path):
+    scene = openscene.read_scene(
+        save(tmp_path / "3a4b.pth", (POINTS.astype(np.float64), 0, LABELS.astype(np.int64)))
+    )
+    assert scene.colors is None and scene.points.dtype == np.float32 and scene.name == "3a4b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((POINTS, COLORS), r"expected a tuple \(coords, colors, labels\), got tuple of 2"),
+        ({"coords": POINTS}, r"got dict with \['coords'\]"),
+        ((POINTS, COLORS * 255, LABELS), r"colors row 0 is .*expected -1\.\.1"),
+        ((POINTS, COLORS, LABELS + 0.5), "labels row 0 is 0.5, expected a class 0..254"),
+        ((POINTS, COLORS, np.array([0, 1, 2, 256])), "labels row 3 is 256"),
+        ((POINTS, COLORS, LABELS[:3]), r"labels must be int32 \[4\], got shape \[3\]"),
+        ((POINTS * np.nan, COLORS, LABELS), "points row 0"),
+    ],
+)
+def test_a_bad_preprocessed_scene_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"bad.pth: .*{message}"):
+        openscene.read_scene(save(tmp_path / "bad.pth", content))
+
+
+def test_the_real_preprocessed_scene_equals_its_unpacked_arrays(shared):
+    path = shared / "data/scannet/preprocessed/scene0000_01_vh_clean_2.pth"
+    scene, arrays = openscene.read_scene(path), np.load(path.with_suffix(".npz"))
+    assert scene.name == "scene0000_01"
+    np.testing.assert_array_equal(scene.points, arrays["coords"])
+    np.testing.assert_array_equal(scene.labels, arrays["labels"])
+    np.testing.assert_allclose(scene.colors / 127.5 - 1, arrays["colors"], atol=1e-6)
+
+
+def voxel_targets(golden, features, index):
+    """The supervised voxels and their targets, if a voxel takes the feature of its representative point."""
+    row_of_point = np.full(len(golden["fl_mask_full"]), -1)
+    row_of_point[index] = np.arange(len(index))
+    rows = row_of_point[golden["vox_ind"]]
+    return rows >= 0, features[rows[rows >= 0]]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_features_of_both_formats_give_openscenes_training_targets(golden, tmp_path, legacy):
+    if legacy:
+        names = {"feat": "fl_legacy_feat", "mask": "fl_legacy_mask_idx", "mask_full": "fl_legacy_mask_full"}
+    else:
+        names = {"feat": "fl_feat", "mask_full": "fl_mask_full"}
+    path = save(tmp_path / "scene_0.pt", {key: golden[name] for key, name in names.items()})
+    features, index = openscene.read_features(path, num_points=3000)
+    mask, targets = voxel_targets(golden, features, index)
+    case = "fl_train_legacy" if legacy else "fl_train"
+    np.testing.assert_array_equal(mask, golden[f"{case}__mask"])
+    np.testing.assert_array_equal(targets, golden[f"{case}__feat_3d"])
+
+
+def test_validation_features_are_openscenes_dense_ones(golden, tmp_path):
+    path = save(
+        tmp_path / "scene_0.pt", {"feat": golden["fl_val_feat"], "mask_full": golden["fl_val_mask_full"]}
+    )
+    features, index = openscene.read_features(path, num_points=3000)
+    dense = np.zeros((3000, features.shape[1]), np.float16)
+    dense[index] = features
+    np.testing.assert_array_equal(dense[golden["vox_ind"]], golden["fl_val__feat_3d"])
+
+
+FEATURES = np.ones((2, 5), np.float16)
+MASK = np.array([False, True, False, True])
+
+
+def test_legacy_features_with_a_trailing_axis_and_a_boolean_mask_are_read(tmp_path):
+    content = {
+        "feat": FEATURES[..., None] * np.float16(3),
+        "mask": np.array([False, True]),
+        "mask_full": MASK,
+    }
+    features, index = openscene.read_features(save(tmp_path / "a.pt", content), num_points=4)
+    assert features.tolist() == [[3] * 5] and index.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((FEATURES, MASK), "expected a dict with 'feat' and 'mask_full', got tuple of 2"),
+        ({"feat": FEATURES}, r"got dict with \['feat'\]"),
+        ({"feat": FEATURES, "mask_full": MASK[:3]}, r"mask_full has shape \[3\], but the scene has 4 points"),
+        ({"feat": FEATURES[:1], "mask_full": MASK}, r"feat has shape \[1, 5\], expected \[2, C\]"),
+        (
+            {"feat": FEATURES, "mask_full": MASK, "mask": np.array([2])},
+            "mask names row 2 of feat, expected rows 0..1",
+        ),
+    ],
+)
+def test_a_bad_feature_file_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"bad.pt: .*{message}"):
+        openscene.read_features(save(tmp_path / "bad.pt", content), num_points=4)

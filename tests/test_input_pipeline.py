@@ -1,0 +1,399 @@
+"""Voxels, augmentation and batches, against OpenScene's loader and the laws a batch must keep."""
+
+import itertools
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.scene import Scene
+from ggsd_jax.input_pipeline import (
+    _MAX_SHIFT,
+    crop,
+    crop_shares,
+    make_batch,
+    random_transform,
+    steps_per_epoch,
+    target_capacity,
+    train_iterator,
+    transformed_voxels,
+    voxelized_views,
+)
+from kernels.voxel_grid import Voxels, build_pyramid, next_bucket
+
+CHANNELS = 6
+POINT_OF_FEATURE = np.array([0, 100, 1, 0, 0, 0], np.float32)  # features of box_scene @ this = their points
+
+
+def box_scene(seed: int, num_points: int = 3000, num_features: int = 500, chunk: int = 0) -> Scene:
+    """Points on the faces of a box; geometry by the seed, feature points by the chunk as well."""
+    rng = np.random.default_rng(seed)
+    points = rng.random((num_points, 3)).astype(np.float32) * np.array([2.0, 1.5, 1.0], np.float32)
+    axis = rng.integers(0, 3, num_points)
+    points[np.arange(num_points), axis] = rng.integers(0, 2, num_points)
+    superpoints = rng.integers(-1, 40, num_points).astype(np.int32) * 7
+    superpoints[superpoints < 0] = -1
+    chosen = np.random.default_rng([seed, chunk]).choice(num_points, num_features, replace=False)
+    index = np.sort(chosen).astype(np.int32)
+    # a feature tells its scene and its point
+    features = np.zeros((num_features, CHANNELS), np.float16)
+    features[:, 0], features[:, 1], features[:, 2] = seed, index // 100, index % 100
+    colors = rng.integers(0, 256, (num_points, 3)).astype(np.uint8)
+    return Scene(f"box{seed}", points, colors, None, None, superpoints, features, index)
+
+
+class Scenes:
+    """Records as prepare.load_split gives them, made on the fly."""
+
+    def __init__(self, num_scenes: int, chunks: int = 2, **knobs):
+        self.num_scenes, self.chunks, self.knobs = num_scenes, chunks, knobs
+
+    def __len__(self) -> int:
+        return self.num_scenes * self.chunks
+
+    def __getitem__(self, record: int) -> Scene:
+        return box_scene(record // self.chunks, chunk=record % self.chunks, **self.knobs)
+
+
+def make_config(**overrides) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict(
+        dict(
+            seed=3,
+            batch_size=4,
+            data=dict(
+                voxel_size=0.05,
+                augment=True,
+                input_color=False,
+                loop=2,
+                workers=0,
+                chunk_points=500,
+                max_voxels=50000,
+            ),
+        )
+    )
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def take(n: int, source, config, **kwargs) -> list:
+    return list(itertools.islice(train_iterator(source, config, **{"num_replicas": 1, **kwargs}), n))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def untouched(scene: Scene, voxel_size: float) -> Voxels:
+    return transformed_voxels(scene.points, voxel_size, np.eye(3))
+
+
+# --------------------------------------------------------------------------------- against OpenScene's loader
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    with np.load(shared / "golden" / "extras_pipeline.npz") as archive:
+        return {key: archive[key] for key in archive.files if key.startswith(("vox_", "fl_"))}
+
+
+def golden_voxels(golden) -> Voxels:
+    transform = (golden["vox_Mr"] @ golden["vox_Mv"])[:3, :3]
+    return transformed_voxels(golden["vox_locs"], 1.0, transform)
+
+
+def rows_in_order_of(expected_coords, coords):
+    """Permutation p with coords[p] == expected_coords."""
+    row = {tuple(c): i for i, c in enumerate(coords.tolist())}
+    assert len(row) == len(coords) == len(expected_coords)
+    return np.array([row[tuple(c)] for c in expected_coords.tolist()])
+
+
+def test_voxels_representatives_and_inverse_are_openscenes(golden):
+    voxels = golden_voxels(golden)
+    order = rows_in_order_of(golden["vox_coords"], voxels.coords)
+    np.testing.assert_array_equal(voxels.first[order], golden["vox_ind"])
+    np.testing.assert_array_equal(voxels.coords[voxels.inverse], golden["vox_coords"][golden["vox_inverse"]])
+
+
+@pytest.mark.parametrize("case", ["train", "val"])
+def test_supervised_voxels_and_their_targets_are_openscenes(golden, case):
+    prefix = {"train": "fl_", "val": "fl_val_"}[case]
+    index = np.flatnonzero(golden[f"{prefix}mask_full"]).astype(np.int32)
+    points = golden["vox_locs"]
+    scene = Scene(
+        "golden",
+        points,
+        superpoints=np.zeros(len(points), np.int32),
+        features=golden[f"{prefix}feat"],
+        feature_index=index,
+    )
+    voxels = golden_voxels(golden)
+    batch = make_batch([scene], [voxels], make_config(**{"data.chunk_points": 3000}))
+
+    expected = golden[f"fl_{case}__coords"]
+    num_voxels = int(batch.pyramid.num_voxels[0])
+    order = rows_in_order_of(expected[:, 1:], batch.pyramid.coords[0][:num_voxels, 1:])
+    np.testing.assert_array_equal(batch.feats[order], golden[f"fl_{case}__feats"])
+    mask = golden[f"fl_{case}__mask"]
+    supervised = np.zeros(num_voxels, bool)
+    supervised[batch.target_index[batch.target_index >= 0]] = True
+    np.testing.assert_array_equal(supervised[order], mask)
+    target_of = np.zeros((num_voxels, CHANNELS), np.float16)
+    target_of[batch.target_index[batch.target_index >= 0]] = batch.targets[batch.target_index >= 0]
+    wanted = golden[f"fl_{case}__feat_3d"]
+    np.testing.assert_array_equal(target_of[order][mask], wanted if case == "train" else wanted[mask])
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_a_random_transform_is_a_scaled_rotation_that_stays_nearly_upright(seed, flip):
+    transform = random_transform(np.random.default_rng(seed), flip=flip)
+    scale = abs(np.linalg.det(transform)) ** (1 / 3)
+    assert 0.9 <= scale <= 1.1
+    np.testing.assert_allclose(transform @ transform.T, scale**2 * np.eye(3), atol=1e-12)
+    assert transform[2, 2] / scale >= np.cos(2 * np.pi / 64) - 1e-12  # the two small angles may add up
+    if not flip:
+        assert np.linalg.det(transform) > 0
+
+
+def test_flips_mirror_a_cloud_about_half_of_the_time_and_never_without_augmentation():
+    mirrored = [np.linalg.det(random_transform(np.random.default_rng(i), flip=True)) < 0 for i in range(400)]
+    assert 0.95 / 2 - 0.1 < np.mean(mirrored) < 0.95 / 2 + 0.1  # x or y, not both
+
+
+def test_mirroring_points_is_openscenes_flip_of_voxel_coordinates():
+    points = box_scene(0).points + np.float32(0.0123)
+    plain = transformed_voxels(points, 0.05, np.eye(3))
+    flipped = transformed_voxels(points, 0.05, np.diag([-1.0, 1.0, 1.0]))
+    expected = plain.coords.copy()
+    expected[:, 0] = plain.coords[:, 0].max() - plain.coords[:, 0]
+    order = rows_in_order_of(expected, flipped.coords)
+    np.testing.assert_array_equal(flipped.first[order], plain.first)
+
+
+def test_one_shift_of_the_grid_is_shared_by_the_scenes_of_a_batch():
+    shifts = []
+    for batch in take(8, Scenes(4), make_config()):
+        coords = batch.pyramid.coords[0][0][: batch.pyramid.num_voxels[0, 0]]
+        low = [coords[coords[:, 0] == b, 1:].min(0) for b in range(4)]
+        assert all((x == low[0]).all() for x in low)
+        shifts.append(low[0])
+    assert np.all((np.array(shifts) >= 0) & (np.array(shifts) < _MAX_SHIFT))
+    assert len(np.unique(shifts, axis=0)) == 8
+
+
+def test_views_for_evaluation_are_the_plain_voxels_or_random_ones():
+    scene = box_scene(1)
+    coords, inverse = voxelized_views(scene, 0.05, None)
+    plain = untouched(scene, 0.05)
+    np.testing.assert_array_equal(coords[:, 1:], plain.coords)
+    np.testing.assert_array_equal(inverse, plain.inverse)
+    assert (coords[:, 0] == 0).all()
+    first = voxelized_views(scene, 0.05, np.random.default_rng(0))[0]
+    again = voxelized_views(scene, 0.05, np.random.default_rng(0))[0]
+    other = voxelized_views(scene, 0.05, np.random.default_rng(1))[0]
+    np.testing.assert_array_equal(first, again)
+    assert first.shape != other.shape or (first != other).any()
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_holds_each_scene_with_its_features_superpoints_and_nothing_else():
+    scenes = [box_scene(seed, num_points=n) for seed, n in ((0, 3000), (1, 700), (2, 1501))]
+    voxels = [untouched(scene, 0.05) for scene in scenes]
+    batch = make_batch(scenes, voxels, make_config())
+    num_voxels = int(batch.pyramid.num_voxels[0])
+    assert num_voxels == sum(len(v.coords) for v in voxels)
+    start, seen = 0, set()
+    for i, (scene, v) in enumerate(zip(scenes, voxels, strict=True)):
+        rows = slice(start, start + len(v.coords))
+        np.testing.assert_array_equal(batch.pyramid.coords[0][rows, 1:], v.coords)
+        assert (batch.pyramid.coords[0][rows, 0] == i).all()
+        ours, theirs = batch.superpoints[rows], scene.superpoints[v.first]
+        np.testing.assert_array_equal(ours == -1, theirs == -1)
+        pairs = {(a, b) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True) if a >= 0}
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        assert not seen & {a for a, _ in pairs}
+        seen |= {a for a, _ in pairs}
+        mine = (batch.target_index >= rows.start) & (batch.target_index < rows.stop)
+        point = v.first[batch.target_index[mine] - start]
+        np.testing.assert_array_equal(batch.targets[mine, 0], np.full(mine.sum(), i))
+        np.testing.assert_array_equal(batch.targets[mine] @ POINT_OF_FEATURE, point)
+        assert mine.sum() == np.isin(v.first, scene.feature_index).sum()
+        start = rows.stop
+    assert seen == set(range(len(seen))), "superpoint ids are compact over the batch"
+    assert max(seen) < batch.num_superpoints
+    assert (batch.superpoints[num_voxels:] == -1).all() and (batch.feats[num_voxels:] == 0).all()
+    padding = batch.target_index == -1
+    assert (np.diff(padding.astype(int)) >= 0).all() and not batch.targets[padding].any()
+
+
+def test_shapes_depend_on_the_bucket_alone():
+    config = make_config(**{"data.chunk_points": 500})
+    shapes = {}
+    for seed, size in itertools.product(range(3), (400, 900, 1500)):
+        scene = box_scene(seed, num_points=size, num_features=100 + seed)
+        batch = make_batch([scene], [untouched(scene, 0.02)], config)
+        assert len(batch.targets) == target_capacity(batch.bucket, 1, 500) == 512
+        shapes.setdefault(batch.bucket, set()).add(str(jax.tree.map(np.shape, batch)))
+    assert all(len(s) == 1 for s in shapes.values()), shapes
+
+
+@given(st.integers(2048, 200_000), st.integers(1, 8), st.integers(1, 20_000))
+@settings(max_examples=50, deadline=None)
+def test_target_rows_suffice_for_every_chunk_and_never_exceed_the_voxels(size, scenes, chunk_points):
+    bucket = next_bucket(size)
+    rows = target_capacity(bucket, scenes, chunk_points)
+    assert min(bucket, scenes * chunk_points) <= rows <= bucket
+
+
+def test_many_superpoints_move_a_batch_up_a_bucket():
+    scene = box_scene(0, num_points=20_000)
+    singles = Scene("s", scene.points, superpoints=np.arange(20_000, dtype=np.int32), features=scene.features,
+                    feature_index=scene.feature_index)  # fmt: skip
+    voxels = untouched(scene, 0.05)
+    few, many = make_batch([scene], [voxels], make_config()), make_batch([singles], [voxels], make_config())
+    assert many.bucket > few.bucket
+    assert few.superpoints.max() < few.num_superpoints and many.superpoints.max() < many.num_superpoints
+    assert many.pyramid.bucket == many.bucket and len(many.pyramid.coords[0]) == many.bucket
+
+
+def test_input_colours_are_those_of_the_representative_points_in_minus_one_to_one():
+    scene = box_scene(0)
+    voxels = untouched(scene, 0.05)
+    batch = make_batch([scene], [voxels], make_config(**{"data.input_color": True}))
+    expected = scene.colors[voxels.first] / 127.5 - 1
+    np.testing.assert_allclose(batch.feats[: len(voxels.first)], expected, atol=1e-6)
+    grey = Scene("grey", scene.points, superpoints=scene.superpoints, features=scene.features,
+                 feature_index=scene.feature_index)  # fmt: skip
+    with pytest.raises(ValueError, match="scene grey has no colors.*data.input_color"):
+        make_batch([grey], [voxels], make_config(**{"data.input_color": True}))
+
+
+# ------------------------------------------------------------------------------------------- training batches
+
+
+def test_training_batches_are_a_function_of_seed_and_step():
+    source, config = Scenes(5), make_config()
+    batches = take(7, source, config)
+    for step, batch in enumerate(take(4, source, config, start_step=3)):
+        assert_same(batch, batches[3 + step])
+    other = take(1, source, make_config(seed=4))[0]
+    assert (
+        other.pyramid.coords[0].shape != batches[0].pyramid.coords[0].shape
+        or (other.pyramid.coords[0] != batches[0].pyramid.coords[0]).any()
+    )
+
+
+def test_worker_processes_give_the_batches_of_threads():
+    source = Scenes(3)
+    expected = take(3, source, make_config(), start_step=1)
+    for batch, reference in zip(
+        take(3, source, make_config(**{"data.workers": 1}), start_step=1), expected, strict=True
+    ):
+        assert_same(batch, reference)
+
+
+def scenes_of(batch) -> list[int]:
+    """Scene numbers of a batch, read from the features."""
+    replicas = zip(batch.targets, batch.target_index, strict=True)
+    return [int(scene) for targets, index in replicas for scene in np.unique(targets[index >= 0, 0])]
+
+
+def test_an_epoch_visits_every_scene_and_drops_what_fills_no_batch():
+    source, config = Scenes(6), make_config(**{"data.loop": 1})  # 4 + 2 left over
+    assert steps_per_epoch(config, source) == 1
+    assert steps_per_epoch(make_config(**{"data.loop": 2}), source) == 3
+    epochs = [scenes_of(b) for b in take(6, source, config)]
+    assert all(len(set(epoch)) == 4 for epoch in epochs), "no scene twice in an epoch"
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 1, "every epoch has its own order"
+    assert set().union(*epochs) == set(range(6))
+
+
+def test_visits_of_a_scene_draw_their_chunk_at_random():
+    chunks = set()
+    for batch in take(8, Scenes(1, chunks=3, num_features=50), make_config(batch_size=1)):
+        points = batch.targets[0][batch.target_index[0] >= 0] @ POINT_OF_FEATURE
+        chunks |= {
+            k for k in range(3) if np.isin(points, box_scene(0, chunk=k, num_features=50).feature_index).all()
+        }
+    assert chunks == {0, 1, 2}
+
+
+def test_replicas_share_the_global_batch_evenly_in_one_bucket():
+    source, config = Scenes(8), make_config(**{"data.loop": 1})
+    one, two, four = (take(2, source, config, num_replicas=r) for r in (1, 2, 4))
+    for whole, halves, quarters in zip(one, two, four, strict=True):
+        assert halves.targets.shape[0] == 2 and quarters.feats.shape[:2] == (4, quarters.bucket)
+        for parts in (halves, quarters):
+            assert sorted(scenes_of(parts)) == sorted(scenes_of(whole))
+            assert parts.pyramid.num_voxels[:, 0].sum() == whole.pyramid.num_voxels[0, 0]
+            for r in range(len(parts.feats)):
+                ids = np.unique(parts.superpoints[r])
+                np.testing.assert_array_equal(ids[ids >= 0], np.arange((ids >= 0).sum()))
+                n = parts.pyramid.num_voxels[r, 0]
+                assert_same(
+                    jax.tree.map(lambda x, r=r: x[r], parts.pyramid),
+                    build_pyramid(parts.pyramid.coords[0][r][:n], bucket=parts.bucket),
+                )
+    with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 devices"):
+        train_iterator(source, config, num_replicas=3)
+
+
+def test_a_batch_larger_than_an_epoch_is_refused():
+    with pytest.raises(ValueError, match="batch_size=4 is more than the 2 scenes"):
+        train_iterator(Scenes(1), make_config(), num_replicas=1)
+
+
+# --------------------------------------------------------------------------------------------------- oversize
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=8), st.integers(100, 20_000))
+@settings(max_examples=100, deadline=None)
+def test_shares_fit_the_budget_and_small_scenes_stay_whole(sizes, budget):
+    sizes = np.array(sizes)
+    shares = crop_shares(sizes, budget)
+    assert shares.sum() <= budget and (shares <= sizes).all()
+    if sizes.sum() <= budget:
+        np.testing.assert_array_equal(shares, sizes)
+    cut = shares < sizes
+    assert not cut.any() or shares.sum() > budget - len(sizes)
+    assert not cut.any() or sizes[~cut].max(initial=0) <= shares[cut].max()
+
+
+def test_a_crop_is_the_neighbourhood_of_its_centre():
+    voxels = untouched(box_scene(0), 0.05)
+    centre = voxels.coords[17]
+    kept = crop(voxels, 200, centre)
+    radius = np.linalg.norm(kept.coords - centre, axis=1).max()
+    assert len(kept.coords) == 200
+    assert (np.linalg.norm(voxels.coords - centre, axis=1) < radius).sum() <= 200
+    order = rows_in_order_of(kept.coords, kept.coords)
+    np.testing.assert_array_equal(order, np.arange(200))
+    point_voxel = {int(f): tuple(c) for f, c in zip(voxels.first, voxels.coords, strict=True)}
+    assert all(point_voxel[int(f)] == tuple(c) for f, c in zip(kept.first, kept.coords, strict=True))
+
+
+def test_a_training_scene_that_does_not_fit_is_cropped_and_said_so_once(caplog):
+    source = Scenes(1, num_points=9000)
+    config = make_config(batch_size=1, **{"data.voxel_size": 0.01, "data.max_voxels": 3000})
+    with caplog.at_level("WARNING"):
+        batches = take(3, source, config)
+    for batch in batches:
+        assert batch.pyramid.num_voxels[0, 0] <= 3000 and batch.bucket <= next_bucket(3000)
+    said = [r.getMessage() for r in caplog.records if "cropped" in r.getMessage()]
+    assert len(said) == 1 and "scene box0" in said[0] and "data.max_voxels=3000" in said[0]
+
+
+def test_an_evaluation_scene_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match=r"box0 has \d+ voxels of 0.01 m, more than data.max_voxels=500"):
+        voxelized_views(box_scene(0), 0.01, None, max_voxels=500)

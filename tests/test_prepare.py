@@ -1,0 +1,329 @@
+"""From raw data to a prepared dataset and back."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.scene import Scene
+from data.synthetic import generate_room
+from ggsd_jax import prepare
+from ggsd_jax.prepare import chunk_of_features, load_split
+
+
+def make_config(**overrides) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict(
+        dict(
+            seed=0,
+            data=dict(
+                name="synthetic",
+                root="",
+                prepared="",
+                label_set="synthetic",
+                train_rooms=2,
+                val_rooms=1,
+                chunks=2,
+                chunk_points=3000,
+                voxel_size=0.08,
+                augment=True,
+                loop=1,
+            ),
+            superpoints=dict(voxel_resolution=0.08, seed_resolution=0.5),
+            teacher=dict(name="simulated"),
+            text=dict(encoder="stand-in:64", prompt="a {} in a scene"),
+        )
+    )
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare.prepare(make_config(), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_rooms(monkeypatch) -> None:
+    """Makes every synthetic room the same glimpse of one, so that preparing takes no time."""
+    glimpse = generate_room(0, scan_views=2, views=1, size=(40, 30))
+
+    def room(seed: int):
+        return glimpse._replace(scene=dataclasses.replace(glimpse.scene, name=f"room{seed}"))
+
+    monkeypatch.setattr(prepare, "generate_room", room)
+
+
+def assert_same_scene(a: Scene, b: Scene):
+    for field in dataclasses.fields(Scene):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert (x is None) == (y is None), field.name
+        if x is not None and field.name != "name":
+            assert x.dtype == y.dtype, field.name
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
+    assert a.name == b.name
+
+
+# --------------------------------------------------------------------------------------- what a dataset holds
+
+
+def test_training_scenes_are_stored_in_chunks_and_validation_scenes_whole(prepared):
+    train, val = load_split(prepared, "train"), load_split(prepared, "val")
+    assert (len(train), train.chunks, len(val), val.chunks) == (4, 2, 1, 1)
+    assert len({scene.name for scene in train} & {scene.name for scene in val}) == 0
+    for scene in range(2):
+        first, second = train[2 * scene], train[2 * scene + 1]
+        same = dataclasses.replace(second, features=first.features, feature_index=first.feature_index)
+        assert_same_scene(first, same)
+        assert set(first.feature_index) != set(second.feature_index)
+        for chunk in (first, second):
+            assert 0 < len(chunk.feature_index) <= 3000
+            assert chunk.superpoints.max() > 10 and chunk.features.shape[1] == 64
+    assert len(val[0].feature_index) > 0.5 * len(val[0].points)
+
+
+def test_chunks_agree_with_the_fusion_of_all_points(prepared):
+    config, scene = make_config(), load_split(prepared, "train")[1]
+    raw = prepare._read_room(0)
+    whole = prepare.add_superpoints_and_features(raw, config, prepare.make_teacher(config))
+    assert_same_scene(chunk_of_features(whole, 1, 3000), scene)
+    row = {int(point): i for i, point in enumerate(whole.feature_index)}
+    rows = [row[int(point)] for point in scene.feature_index]
+    np.testing.assert_array_equal(scene.features, whole.features[rows])
+
+
+def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
+    def never(seed):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(prepare, "generate_room", never)
+    before = {f: f.stat().st_mtime_ns for f in prepared.rglob("*")}
+    prepare.prepare(make_config(), prepared)
+    prepare.prepare(make_config(seed=7, **{"data.voxel_size": 0.02, "data.loop": 5}), prepared)
+    assert before == {f: f.stat().st_mtime_ns for f in prepared.rglob("*")}
+
+
+def test_nothing_but_the_dataset_is_left(prepared):
+    assert {f.name for f in prepared.iterdir()} == {"synthetic"}
+    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"1.0.0"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_points=st.integers(1, 50),
+    share=st.floats(0, 1),
+    channels=st.integers(1, 9),
+    absent=st.sets(st.sampled_from(["colors", "normals", "labels", "superpoints"])),
+    seed=st.integers(0, 1000),
+)
+def test_a_scene_survives_a_record_whatever_it_lacks(num_points, share, channels, absent, seed):
+    rng = np.random.default_rng(seed)
+    index = np.flatnonzero(rng.random(num_points) < share).astype(np.int32)
+    fields = dict(
+        colors=rng.integers(0, 256, (num_points, 3)).astype(np.uint8),
+        normals=rng.standard_normal((num_points, 3)).astype(np.float32),
+        labels=rng.integers(0, 256, num_points).astype(np.int32),
+        superpoints=rng.integers(-1, 9, num_points).astype(np.int32),
+    )
+    scene = Scene(
+        name="Küche ½",
+        points=rng.standard_normal((num_points, 3)).astype(np.float32),
+        features=rng.standard_normal((len(index), channels)).astype(np.float16),
+        feature_index=index,
+        **{field: value for field, value in fields.items() if field not in absent},
+    )
+    features = prepare.record_features(channels)
+    serialized = features.serialize_example(prepare.encode(scene))
+    assert_same_scene(prepare.decode(features.deserialize_example_np(serialized)), scene)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 250), st.integers(0, 5))
+def test_a_chunk_has_features_of_random_points_that_are_seen(num_points, chunk_points, chunk):
+    rng = np.random.default_rng(num_points)
+    index = np.flatnonzero(rng.random(num_points) < 0.7).astype(np.int32)
+    features = index[:, None].astype(np.float16)
+    scene = Scene("s", np.zeros((num_points, 3), np.float32), features=features, feature_index=index)
+    part = chunk_of_features(scene, chunk, chunk_points)
+    assert set(part.feature_index) <= set(index)
+    np.testing.assert_array_equal(part.features[:, 0], part.feature_index)
+    assert min(len(index), chunk_points - (num_points - len(index))) <= len(part.features) <= chunk_points
+    again = chunk_of_features(scene, chunk, chunk_points)
+    np.testing.assert_array_equal(part.feature_index, again.feature_index)
+
+
+# ----------------------------------------------------------------------------------- killed, changed, corrupt
+
+
+def test_an_error_in_the_middle_leaves_nothing_and_the_next_run_starts_anew(
+    tmp_path, tiny_rooms, monkeypatch
+):
+    readable = prepare.generate_room
+
+    def fails_at_the_third(seed):
+        if seed == 2:
+            raise ValueError("room 2 is broken")
+        return readable(seed)
+
+    monkeypatch.setattr(prepare, "generate_room", fails_at_the_third)
+    config = make_config(**{"data.train_rooms": 3})
+    with pytest.raises(ValueError, match="room 2 is broken"):
+        prepare.prepare(config, tmp_path)
+    with pytest.raises(FileNotFoundError, match="--mode=prepare"):
+        load_split(tmp_path, "train")
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+    monkeypatch.setattr(prepare, "generate_room", readable)
+    prepare.prepare(config, tmp_path)
+    assert len(load_split(tmp_path, "train")) == 6
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, tiny_rooms):
+    half = tmp_path / "synthetic" / "incomplete.ABC123_1.0.0"
+    half.mkdir(parents=True)
+    (half / "dataset_info.json").write_text("{}")  # killed just before the folder got its name
+    (half / "synthetic-train.array_record-00000-of-00001").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="no prepared dataset"):
+        load_split(tmp_path, "train")
+    prepare.prepare(make_config(), tmp_path)
+    assert not half.exists()
+    assert len(load_split(tmp_path, "train")) == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("data.chunk_points", 4000, "data.chunk_points=3000, the config says 4000"),
+        ("superpoints.seed_resolution", 0.3, "superpoints.seed_resolution=0.5, the config says 0.3"),
+        ("text.encoder", "stand-in:48", "text.encoder='stand-in:64', the config says 'stand-in:48'"),
+    ],
+)
+def test_a_dataset_of_other_settings_is_refused(prepared, field, value, shown):
+    with pytest.raises(ValueError, match=shown) as error:
+        prepare.prepare(make_config(**{field: value}), prepared)
+    assert str(prepared) in str(error.value) and "delete that folder" in str(error.value)
+
+
+def test_a_setting_that_did_not_exist_is_refused_too(prepared):
+    config = make_config()
+    config.teacher.pixel_noise = 0.5
+    with pytest.raises(ValueError, match="teacher.pixel_noise=None, the config says 0.5"):
+        prepare.prepare(config, prepared)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "missing"])
+def test_a_damaged_file_is_named_with_what_to_do(prepared, tmp_path, damage):
+    shutil.copytree(prepared, tmp_path / "copy")
+    (file,) = (tmp_path / "copy").rglob("*-train.array_record*")
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        new = {"truncated": content[: len(content) // 2], "empty": b"", "garbage": os.urandom(len(content))}
+        file.write_bytes(new[damage])
+    with pytest.raises(ValueError, match="missing, truncated or corrupt") as error:
+        load_split(tmp_path / "copy", "train")[0]
+    assert str(file) in str(error.value) and "prepare again" in str(error.value)
+    assert load_split(tmp_path / "copy", "val")[0].name == "room1000000"
+
+
+# --------------------------------------------------------------------------------------- configuration errors
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "scanet", "data.name is 'scanet', did you mean 'scannet'"),
+        ("teacher.name", "simulate", "teacher.name is 'simulate', did you mean 'simulated'"),
+        ("data.label_set", "synthetik", "synthetik"),
+        ("data.val_rooms", 0, "data.val_rooms is 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, tiny_rooms, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(make_config(**{field: value}), tmp_path)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------------- ScanNet
+
+
+def scannet_config(root: Path, **overrides) -> ml_collections.ConfigDict:
+    return make_config(
+        **{"data.name": "scannet", "data.root": str(root), "data.label_set": "scannet20", "data.chunks": 1},
+        **overrides,
+    )
+
+
+def npz_scene(name: str, seed: int) -> Scene:
+    """A room with labels of ScanNet, without frames."""
+    scene = generate_room(seed, scan_views=4, views=1, size=(80, 60)).scene
+    return Scene(name, scene.points, scene.colors, labels=scene.labels % 20)
+
+
+@pytest.fixture
+def scannet_root(tmp_path) -> Path:
+    root = tmp_path / "scannet"
+    root.mkdir()
+    for i in range(2):
+        npz_scene(f"scene000{i}_00", i).save_npz(root / f"scene000{i}_00.npz")
+    (root / "scannetv2_train.txt").write_text("scene0000_00\nscene0005_00\n")
+    (root / "scannetv2_val.txt").write_text("scene0001_00\nscene0006_00\n")
+    return root
+
+
+def test_listed_clouds_without_frames_are_seen_by_simulated_cameras(scannet_root, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+    (train,), (val,) = load_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "val")
+    assert (train.name, val.name) == ("scene0000_00", "scene0001_00")
+    assert len(val.feature_index) > 0.3 * len(val.points)
+    assert "scannet train: 1 of 2 listed scenes found" in caplog.text
+
+
+def test_a_split_without_a_scene_is_an_error(scannet_root, tmp_path):
+    (scannet_root / "scene0001_00.npz").unlink()
+    with pytest.raises(ValueError, match="none of the 2 scenes of scannetv2_val.txt"):
+        prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+
+
+def test_scannet_has_its_own_labels(scannet_root, tmp_path):
+    config = scannet_config(scannet_root)
+    config.data.label_set = "nyu40"
+    with pytest.raises(ValueError, match="data.label_set is 'nyu40': ScanNet is read with 'scannet20'"):
+        prepare.prepare(config, tmp_path / "out")
+
+
+def test_missing_raw_data_is_named(scannet_root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.root is '.*nowhere'"):
+        prepare.prepare(scannet_config(tmp_path / "nowhere"), tmp_path / "out")
+    (scannet_root / "scannetv2_val.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="scannetv2_val.txt"):
+        prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+
+
+def test_a_validation_scene_without_labels_is_an_error(scannet_root, tmp_path):
+    path = scannet_root / "scene0001_00.npz"
+    dataclasses.replace(Scene.load_npz(path), labels=None).save_npz(path)
+    with pytest.raises(ValueError, match="scene0001_00.*labels is missing"):
+        prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+
+
+def test_a_real_scan_is_fused_from_its_frames(shared, tmp_path):
+    root = tmp_path / "root"
+    (root / "scans").mkdir(parents=True)
+    (root / "scans" / "scene0000_00").symlink_to(shared / "data" / "scannet" / "scene0000_00")
+    npz_scene("scene0001_00", 1).save_npz(root / "scene0001_00.npz")
+    (root / "scannetv2_train.txt").write_text("scene0000_00")
+    (root / "scannetv2_val.txt").write_text("scene0001_00")
+    config = scannet_config(root, **{"superpoints.voxel_resolution": 0.05, "data.chunk_points": 20_000})
+    prepare.prepare(config, tmp_path / "out")
+    (scene,) = load_split(tmp_path / "out", "train")
+    assert scene.name == "scene0000_00" and len(scene.points) == 81_369
+    assert 8_000 < len(scene.feature_index) <= 20_000
+    assert (scene.superpoints >= 0).mean() > 0.9

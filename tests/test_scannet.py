@@ -1,0 +1,186 @@
+"""ScanNet's raw files: scenes, labels and frames, real ones and small ones made to be wrong."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import scannet
+from data.labels import NYU40_TO_SCANNET20
+from data.scene import read_ply_columns, write_ply
+
+N = 7
+NYU40 = np.array([0, 1, 39, 40, 14, 2, 13], np.uint16)
+POSE = "1 0 0 0.5\n0 1 0 -2\n0 0 1 3\n0 0 0 1\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A complete small scene, three frames of which one has lost its pose."""
+    folder = tmp_path / "scene0007_01"
+    for kind in ("color", "depth", "pose"):
+        (folder / kind).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    points, colors = rng.random((N, 3)).astype(np.float32), rng.integers(0, 256, (N, 3)).astype(np.uint8)
+    write_ply(folder / "scene0007_01_vh_clean_2.ply", points, colors)
+    write_ply(folder / "scene0007_01_vh_clean_2.labels.ply", points, label=NYU40)
+    for number in (0, 20, 100):
+        write_depth(folder, number, np.full((480, 640), 1500))
+        Image.fromarray(rng.integers(0, 256, (97, 130, 3)).astype(np.uint8)).save(
+            folder / f"color/{number}.jpg"
+        )
+        (folder / f"pose/{number}.txt").write_text(POSE if number != 20 else "-inf " * 16)
+    return folder
+
+
+def write_depth(folder, number: int, millimetres: np.ndarray) -> None:
+    Image.fromarray(millimetres.astype(np.uint16)).save(folder / f"depth/{number}.png")
+
+
+def test_a_scene_has_the_mesh_and_the_benchmark_classes(folder):
+    scene = scannet.read_scene(folder)
+    assert scene.name == "scene0007_01" and scene.points.shape == scene.colors.shape == (N, 3)
+    assert scene.labels.tolist() == [255, 0, 19, 255, 12, 1, 255]
+
+
+def test_a_test_scene_without_label_file_has_no_labels(folder):
+    (folder / "scene0007_01_vh_clean_2.labels.ply").unlink()
+    assert scannet.read_scene(folder).labels is None
+
+
+def test_a_missing_mesh_is_named(tmp_path):
+    (tmp_path / "scene0001_00").mkdir()
+    with pytest.raises(FileNotFoundError, match="scene0001_00_vh_clean_2.ply: missing; download"):
+        scannet.read_scene(tmp_path / "scene0001_00")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(N) + 35, "label row 6 is 41, expected NYU40 ids 0..40; ScanNet v1 has raw category ids"),
+        (NYU40.astype(int) - 1, "label row 0 is -1, expected NYU40"),
+        (NYU40[:-1], "6 labels for the 7 vertices of scene0007_01_vh_clean_2.ply"),
+        (None, "no property 'label'"),
+    ],
+)
+def test_labels_that_are_not_of_this_mesh_or_not_nyu40_are_refused(folder, labels, message):
+    path = folder / "scene0007_01_vh_clean_2.labels.ply"
+    fields = {} if labels is None else {"label": labels}
+    write_ply(path, np.zeros((N if labels is None else len(labels), 3)), **fields)
+    with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+        scannet.read_scene(folder)
+
+
+def test_a_truncated_mesh_is_named(folder):
+    path = folder / "scene0007_01_vh_clean_2.ply"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match="scene0007_01_vh_clean_2.ply: truncated, the file ends in row 6 of 7"
+    ):
+        scannet.read_scene(folder)
+
+
+def test_views_carry_pose_intrinsics_and_depth_on_the_asked_grid(folder):
+    millimetres = np.arange(480 * 640).reshape(480, 640) % 5000
+    write_depth(folder, 0, millimetres)
+    view = scannet.read_views(folder)[0]
+    assert view.name == "scene0007_01/0" and view.size == (320, 240) and view.depth.dtype == np.float32
+    np.testing.assert_allclose(view.depth, millimetres[::2, ::2] / 1000, rtol=1e-7)
+    np.testing.assert_allclose(
+        view.intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], [288.9353025, 288.9353025, 159.5, 119.5]
+    )
+    np.testing.assert_array_equal(view.pose, np.array(POSE.split(), float).reshape(4, 4))
+    assert view.pixels().shape == (240, 320, 3)
+    full = scannet.read_views(folder, size=(640, 480))[0]
+    np.testing.assert_allclose(full.depth, millimetres / 1000, rtol=1e-7)
+    np.testing.assert_array_equal(full.intrinsics, scannet.DEPTH_INTRINSICS)
+
+
+def test_frames_without_a_finite_pose_are_left_out_counted_and_logged(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        views = scannet.read_views(folder)
+    assert [view.name for view in views] == ["scene0007_01/0", "scene0007_01/100"] and len(views) == 2
+    assert views.skipped == (20,)
+    assert "left out frames without a finite pose: 20 (of 3)" in caplog.text
+
+
+def test_views_can_be_thinned_and_gone_through_twice(folder):
+    views = scannet.read_views(folder, every=2)
+    assert (
+        [view.name for view in views]
+        == [view.name for view in views]
+        == ["scene0007_01/0", "scene0007_01/100"]
+    )
+
+
+def test_depth_is_read_only_when_a_view_is_asked_for(folder):
+    views = scannet.read_views(folder)
+    (folder / "depth/100.png").write_bytes(b"not an image")
+    assert views[0].depth.shape == (240, 320)
+    with pytest.raises(ValueError, match="100.png: truncated or not a PNG image"):
+        views[1]
+
+
+@pytest.mark.parametrize("kind", ["color/0.jpg", "depth/0.png", "pose/0.txt"])
+def test_a_missing_file_of_a_frame_is_named(folder, kind):
+    (folder / kind).unlink()
+    with pytest.raises(FileNotFoundError, match=f"scene0007_01: missing {kind}; export the frames again"):
+        scannet.read_views(folder)
+
+
+def test_a_folder_without_poses_names_the_first_of_them(folder):
+    shutil.rmtree(folder / "pose")
+    with pytest.raises(FileNotFoundError, match="missing pose/0.txt, pose/20.txt, pose/100.txt;"):
+        scannet.read_views(folder)
+
+
+def test_a_folder_without_frames_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no frames; export the .sens file"):
+        scannet.read_views(tmp_path)
+
+
+def test_a_scene_whose_poses_are_all_lost_is_refused(folder):
+    for path in (folder / "pose").iterdir():
+        path.write_text("nan " * 16)
+    with pytest.raises(ValueError, match="none of the 3 frames has a finite pose"):
+        scannet.read_views(folder)
+
+
+@pytest.mark.parametrize("text", ["", "1 0 0", POSE + "1", POSE.replace("3", "three")])
+def test_a_pose_file_that_is_no_matrix_is_named(folder, text):
+    (folder / "pose/0.txt").write_text(text)
+    with pytest.raises(ValueError, match="pose/0.txt: expected 16 numbers, a 4x4"):
+        scannet.read_views(folder)
+
+
+def test_depth_that_is_cut_off_or_of_8_bit_is_refused(folder):
+    path = folder / "depth/0.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="0.png: truncated or not a PNG"):
+        scannet.read_views(folder)[0]
+    Image.fromarray(np.zeros((480, 640), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="0.png: expected 16-bit depth in millimetres, got uint8"):
+        scannet.read_views(folder)[0]
+
+
+def test_the_real_scene_has_its_published_classes(shared):
+    folder = shared / "data/scannet/scene0000_00"
+    scene = scannet.read_scene(folder)
+    nyu40 = read_ply_columns(folder / "scene0000_00_vh_clean_2.labels.ply")["label"]
+    np.testing.assert_array_equal(scene.labels, NYU40_TO_SCANNET20[nyu40])
+    assert (len(scene.points), (scene.labels == 0).sum(), (scene.labels == 12).sum()) == (81369, 13899, 1897)
+    np.testing.assert_allclose((scene.labels != 255).mean(), 0.731, atol=5e-4)
+
+
+def test_the_real_v1_label_file_is_refused_not_mistaken(shared, tmp_path):
+    source = shared / "data/scannet/scene0000_00"
+    folder = tmp_path / "scene0000_00"
+    folder.mkdir()
+    shutil.copy(source / "scene0000_00_vh_clean_2.ply", folder)
+    shutil.copy(
+        source / "scene0000_00_vh_clean_2.labels_v1_rawid.ply", folder / "scene0000_00_vh_clean_2.labels.ply"
+    )
+    with pytest.raises(ValueError, match="labels.ply: label row .*ScanNet v1 has raw category ids"):
+        scannet.read_scene(folder)

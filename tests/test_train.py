@@ -1,0 +1,192 @@
+"""A miniature run: trained, killed, resumed, evaluated, used; and one step on one device against four."""
+
+import functools
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from data.synthetic import generate_room
+from ggsd_jax import checkpoint, inference, input_pipeline, prepare, run, train
+from ggsd_jax.train import AXIS, NonFiniteError, initial_state, learning_rate_schedule, make_model, train_step
+
+ROOT = Path(__file__).parents[1]
+MINIATURE = {
+    "stage1_epochs": 4,
+    "stage2_epochs": 3,
+    "log_every": 2,
+    "checkpoint_every": 2,
+    "data.train_rooms": 4,
+    "data.val_rooms": 2,
+    "data.voxel_size": 0.15,
+    "model.arch": "MinkUNet14A",
+    "model.width": 0.125,
+    "eval.repeats": 2,
+}
+
+
+def miniature(**changes):
+    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "configs" / "synthetic.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(MINIATURE | changes)
+    return config
+
+
+def command(workdir, *extra):
+    flags = [f"--config.{name}={value}" for name, value in MINIATURE.items()]
+    return [sys.executable, "-m", "ggsd_jax.main", f"--config={ROOT}/configs/synthetic.py", f"--workdir={workdir}",
+            *flags, *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Work directory of a run that was killed in the middle of stage 2 and started again."""
+    workdir = tmp_path_factory.mktemp("killed")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(workdir), env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and '"stage": 2' in log.read_text()):
+        assert process.poll() is None, f"the run ended before it could be killed:\n{process.stderr.read()[-3000:]}"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "model").exists()
+    done = subprocess.run(command(workdir), env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def test_a_killed_and_resumed_run_ends_with_the_bits_of_one_never_killed(finished, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    extra = f"--config.data.prepared={finished / 'data'}"
+    for mode in ("prepare", "train"):
+        subprocess.run(command(tmp_path, extra, f"--mode={mode}"), env=environment, cwd=ROOT, check=True)
+    resumed, _ = checkpoint.load_model(finished / "model")
+    straight, _ = checkpoint.load_model(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once_and_every_term(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == 14
+    terms = {"L_p", "L_sp", "loss", "gradient_norm", "learning_rate", "voxels_per_second", "padding_share",
+             "data_wait_share", "compilations"}  # fmt: skip
+    assert all(terms <= line.keys() for line in lines)
+    stage2 = {"L_sd", "agreement_before_vote", "agreement_after_vote", "changed_by_vote"}
+    assert all(stage2 <= line.keys() for line in lines if line["stage"] == 2)
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_results_name_their_protocol_and_every_row(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["rows"]) == {"fusion_2d", "stage1", "stage2", "ensemble"}
+    for row in results["rows"].values():
+        assert 0 <= row["miou"] <= 1 and 0 <= row["macc"] <= 1 and len(row["iou"]) > 10
+    assert results["protocol"]["teacher"] == "simulated" and results["protocol"]["repeats"] == 2
+    assert {"prepare", "train", "eval"} <= results["seconds"].keys()
+    names = {path.name.split("_", 2)[-1] for path in (finished / "pictures").glob("*.ply")}
+    assert len(names) >= 4 and list((finished / "pictures").glob("*.png"))
+
+
+def test_a_complete_run_says_so_and_keeps_its_files(finished, capsys):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    run.run(miniature(), finished)
+    assert "is complete" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_work_directory_of_another_config_is_refused_with_the_field_and_both_values(finished):
+    with pytest.raises(ValueError, match=r"loss\.temperature is 0\.01 there and 0\.5 here"):
+        run.run(miniature(**{"loss.temperature": 0.5}), finished)
+
+
+def test_a_mistyped_config_field_is_answered_with_the_nearest(finished):
+    process = subprocess.run(
+        command(finished, "--config.loss.superpoint_wieght=0"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode != 0 and "superpoint_weight" in process.stderr
+
+
+def test_the_model_labels_a_cloud_it_has_never_seen(finished):
+    room = generate_room(987_654).scene
+    model = inference.load(finished)
+    ids, scores = model.segment(room.points, labels=["floor", "wall", "chair"])
+    assert ids.shape == (len(room.points),) and scores.shape == (len(room.points), 3)
+    np.testing.assert_array_equal(ids, scores.argmax(1))
+    assert np.abs(scores).max() <= 1 + 1e-5
+    order = np.random.default_rng(0).permutation(len(room.points))
+    np.testing.assert_allclose(model.encode(room.points[order]), model.encode(room.points)[order], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def batches(finished):
+    """One global batch of four scenes as one replica holds it, and as four replicas do."""
+    source = prepare.load_split(finished / "data", "train")
+    config = miniature(batch_size=4)
+    return config, {n: next(input_pipeline.train_iterator(source, config, num_replicas=n)) for n in (1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [(1, {}), (2, {}), (2, {"label_source": "fixed_2d", "voting": False})],
+    ids=["stage 1", "stage 2", "2D labels"],
+)
+def test_four_devices_take_the_step_of_one_on_the_same_scenes(batches, stage, changes):
+    config, by_replicas = batches
+    loss = config.loss.copy_and_resolve_references()
+    loss.update(changes)
+    class_text = np.asarray(train.text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
+    model = make_model(config, class_text.shape[1], axis_name=AXIS)
+    optimizer = optax.sgd(1.0)  # a step of SGD is the gradient
+    results = {}
+    for replicas, batch in by_replicas.items():
+        state = initial_state(model, optimizer, jax.tree.map(lambda x: x[0], batch), seed=0)
+        step = functools.partial(
+            train_step, model=model, optimizer=optimizer, loss=loss, stage1_steps=0, stage=stage
+        )
+        devices = jax.local_devices()[:replicas]
+        step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), devices=devices)
+        state, terms = step(flax.jax_utils.replicate(state, devices), batch, class_text)
+        results[replicas] = jax.device_get(jax.tree.map(lambda x: x[0], (state, terms)))
+    counts = by_replicas[4].pyramid.num_voxels[:, 0]
+    assert len(set(counts.tolist())) > 1, "replicas of unequal size are the point of this test"
+    (one, one_terms), (four, four_terms) = results[1], results[4]
+    for name in one_terms:
+        np.testing.assert_allclose(four_terms[name], one_terms[name], rtol=2e-4, atol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(four.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-2 * max(np.abs(b).max(), 1e-3))
+    for a, b in zip(jax.tree.leaves(four.batch_stats), jax.tree.leaves(one.batch_stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_state(finished, tmp_path):
+    config = miniature(**{"optimizer.learning_rate": 1e30, "data.prepared": str(finished / "data")})
+    run.run(config, tmp_path, "prepare")
+    with pytest.raises(NonFiniteError, match=r"step \d+: \w+ is (nan|inf)"):
+        run.run(config, tmp_path, "train")
+    manager = checkpoint.manager(tmp_path / "checkpoints")
+    assert not (tmp_path / "model").exists()
+    if manager.latest_step() is not None:
+        raw = manager.restore(manager.latest_step())
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raw["params"]))
+
+
+def test_learning_rates_are_those_openscene_really_used(shared):
+    golden = np.load(shared / "golden" / "extras_pipeline.npz")["poly_used_at_step"]
+    config = miniature(**{"optimizer.learning_rate": 1e-4, "optimizer.openscene_lr_quirk": True})
+    schedule = learning_rate_schedule(config, len(golden))
+    np.testing.assert_allclose([schedule(jnp.float32(i)) for i in range(len(golden))], golden, rtol=2e-5)
