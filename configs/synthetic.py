@@ -15,6 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 2
     config.stage1_epochs = 70
     config.stage2_epochs = 30
+    config.cpu_devices = 2  # replicas where there is no accelerator: a core each
     config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
     config.log_every = 20
     config.checkpoint_every = 500
@@ -24,15 +25,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.root = ""
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.label_set = "synthetic"
-    config.data.train_rooms = 80
+    config.data.train_rooms = 120
     config.data.val_rooms = 16
-    config.data.voxel_size = 0.08  # metres
+    config.data.voxel_size = 0.1  # metres
     config.data.chunks = 1
-    config.data.chunk_points = 20_000
+    config.data.chunk_points = 40_000
     config.data.augment = True
     config.data.input_color = False
     config.data.loop = 1
-    config.data.max_voxels = 100_000  # per replica
+    config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
+    config.data.max_voxels = 100_000  # per replica: larger ones are cropped
     config.data.workers = 0
 
     config.superpoints = ml_collections.ConfigDict()

@@ -86,9 +86,7 @@ def bed(rng) -> list[Solid]:
         solids.append(ellipsoid(x, -d / 2 + 0.3, top + 0.05, 0.28, 0.19, 0.1, pillow))
     if rng.random() < 0.6:
         cover = rng.uniform(0.9, 1.3)
-        solids.append(
-            box(-w / 2 - 0.02, w / 2 + 0.02, d / 2 - cover, d / 2, top - 0.15, top + 0.06, _cloth(rng))
-        )
+        solids.append(box(-w / 2 - 0.02, w / 2 + 0.02, d / 2 - cover, d / 2, top - 0.15, top + 0.06, _cloth(rng)))
     return solids
 
 
@@ -162,9 +160,7 @@ def table(rng) -> list[Solid]:
     plate = box(-w / 2, w / 2, -d / 2, d / 2, top - thick, top, color)
     if rng.random() < 0.65:
         return [plate, *_legs(w, d, top - thick, rng.uniform(0.05, 0.08), color)]
-    sides = [
-        box(x - 0.03, x + 0.03, -d / 2, d / 2, 0, top - thick, color) for x in (0.04 - w / 2, w / 2 - 0.04)
-    ]
+    sides = [box(x - 0.03, x + 0.03, -d / 2, d / 2, 0, top - thick, color) for x in (0.04 - w / 2, w / 2 - 0.04)]
     return [plate, *sides]
 
 
@@ -201,9 +197,7 @@ def bookshelf(rng) -> list[Solid]:
             start, length = -w / 2 + 0.04 + rng.uniform(0, 0.3), rng.uniform(0.15, 0.4)
             end = min(start + length, w / 2 - 0.04)
             depth = rng.uniform(0.1, 0.18)
-            solids.append(
-                box(start, end, -d / 2 + 0.02, -d / 2 + depth, z, z + rng.uniform(0.15, 0.26), _cloth(rng))
-            )
+            solids.append(box(start, end, -d / 2 + 0.02, -d / 2 + depth, z, z + rng.uniform(0.15, 0.26), _cloth(rng)))
     return solids
 
 
@@ -234,9 +228,7 @@ def plant(rng) -> list[Solid]:
         angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.24)
         z = rng.uniform(pot + 0.12, h)
         leaf = rng.uniform(0.07, 0.15, 3) * [1, 1, 0.7]
-        solids.append(
-            ellipsoid(reach * np.cos(angle), reach * np.sin(angle), z, *leaf, green * rng.uniform(0.8, 1.2))
-        )
+        solids.append(ellipsoid(reach * np.cos(angle), reach * np.sin(angle), z, *leaf, green * rng.uniform(0.8, 1.2)))
     return solids
 
 

@@ -1,7 +1,7 @@
 """A kd-tree whose nearest neighbour is FLANN's, also where several points are equally near.
 
-VCCS draws seeds by asking for the voxel nearest to a cell's centre. On points that lie on a lattice, such as clouds that
-were quantised before, most centres have several nearest voxels, and PCL takes the one that FLANN's search
+VCCS draws seeds by asking for the voxel nearest to a cell's centre. On points that lie on a lattice, such as clouds
+that were quantised before, most centres have several nearest voxels, and PCL takes the one that FLANN's search
 (`KDTreeSingleIndex`, 1.9.2) meets first. Which one that is follows from where the tree splits and from the order in
 which partitioning leaves the points, so both are FLANN's here, down to the single-precision arithmetic.
 """
@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Float32, Int8, Int32
 
 _LEAF_SIZE = 15  # PCL's
-_DEPTH = 1024  # bound on a path: an axis can be halved some 280 times in single precision, equal points 31 times
+_DEPTH = 1024  # bound on a path: in single precision an axis can be halved 280 times, equal points 31 times
+
+_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 class KdTree(NamedTuple):
@@ -50,25 +52,27 @@ def build(points: Float32[np.ndarray, "N 3"]) -> KdTree:
     return tree
 
 
-# `no_type_check` keeps the import hook that checks shapes under pytest away from compiled code. Nothing here recurses:
-# numba 0.68 crashes on recursive functions that it loads from its cache.
+# `no_type_check` keeps the import hook that checks shapes under pytest away from compiled code. Nothing here
+# recurses: numba 0.68 crashes on recursive functions that it loads from its cache.
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _divide(tree, low, high):
     """Fill an empty tree over points between `low` and `high`."""
-    starts, stops, parents = np.empty(_DEPTH, np.int32), np.empty(_DEPTH, np.int32), np.empty(_DEPTH, np.int32)
-    lows, highs = np.empty((_DEPTH, 3), np.float32), np.empty((_DEPTH, 3), np.float32)
-    starts[0], stops[0], parents[0], lows[0], highs[0] = 0, len(tree.index), -1, low, high
+    rows = np.empty((_DEPTH, 3), np.int32)  # of nodes to come: start, stop, the parent if it is a right child
+    boxes = np.empty((_DEPTH, 2, 3), np.float32)
+    rows[0, 0], rows[0, 1], rows[0, 2] = 0, len(tree.index), -1
+    boxes[0, 0], boxes[0, 1] = low, high
     pending = 1
     node = 0
     while pending:
         pending -= 1
-        start, stop, low, high = starts[pending], stops[pending], lows[pending].copy(), highs[pending].copy()
+        start, stop, parent = rows[pending]
+        low, high = boxes[pending].copy()
         tree.start[node], tree.stop[node] = start, stop
-        if parents[pending] >= 0:
-            tree.right[parents[pending]] = node
+        if parent >= 0:
+            tree.right[parent] = node
         if stop - start <= _LEAF_SIZE:
             tree.axis[node] = -1
             node += 1
@@ -98,26 +102,30 @@ def _divide(tree, low, high):
         tree.gap[node, 0] = _extent(tree.points, start, middle, split)[1]
         tree.gap[node, 1] = _extent(tree.points, middle, stop, split)[0]
         # Boxes are cut, not shrunk to their points.
-        starts[pending], stops[pending], parents[pending], lows[pending], highs[pending] = middle, stop, node, low, high
-        lows[pending, split] = cut
+        rows[pending, 0], rows[pending, 1], rows[pending, 2] = middle, stop, node
+        boxes[pending, 0], boxes[pending, 1] = low, high
+        boxes[pending, 0, split] = cut
         pending += 1
-        starts[pending], stops[pending], parents[pending], lows[pending], highs[pending] = start, middle, -1, low, high
-        highs[pending, split] = cut
+        rows[pending, 0], rows[pending, 1], rows[pending, 2] = start, middle, -1
+        boxes[pending, 0], boxes[pending, 1] = low, high
+        boxes[pending, 1, split] = cut
         pending += 1
         node += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _extent(points, start, stop, axis):
     low = high = points[start, axis]
     for k in range(start, stop):
-        low = min(low, points[k, axis])
-        high = max(high, points[k, axis])
+        if points[k, axis] < low:
+            low = points[k, axis]
+        if points[k, axis] > high:
+            high = points[k, axis]
     return low, high
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _partition(tree, start, stop, axis, cut):
     """Swap the points below `cut` to the front of rows `start` to `stop`; returns where they end."""
@@ -137,20 +145,21 @@ def _partition(tree, start, stop, axis, cut):
         right -= 1
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _squared_distance(a, b):
     x, y, z = a[0] - b[0], a[1] - b[1], a[2] - b[2]
     return x * x + y * y + z * z
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def nearest(tree, queries):
-    """Row of the point nearest to each query (float32 [Q, 3]); of several equally near the one FLANN returns."""
+    """Row of the point nearest to each query (float32 [Q, 3]); of several equally near FLANN's."""
     rows = np.empty(len(queries), np.int32)
-    nodes, bounds = np.empty(_DEPTH, np.int32), np.empty(_DEPTH, np.float32)  # the far sides, and how far they are
-    sides = np.empty((_DEPTH, 3), np.float32)  # the squares that add up to that, one per axis
+    nodes = np.empty(_DEPTH, np.int32)  # far sides, to be visited unless
+    bounds = np.empty(_DEPTH, np.float32)  # the square of their distance is too large,
+    sides = np.empty((_DEPTH, 3), np.float32)  # which is the sum of these, one per axis
     side = np.empty(3, np.float32)
     for q in range(len(queries)):
         query = queries[q]
@@ -184,7 +193,7 @@ def nearest(tree, queries):
     return rows
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def count_within(tree, queries, radius):
     """Number of points nearer to each query (float32 [Q, 3]) than `radius` (float32)."""

@@ -1,8 +1,8 @@
-"""Occupied cells of a regular 3D grid, in the order in which PCL's octrees list them, and searches among them.
+"""Occupied cells of a regular 3D grid, in the order in which PCL's octrees list them, and which of them touch.
 
-VCCS owes its result to two such grids: the voxels it groups, and the coarser cells it draws seeds from. Where each grid
-lies follows PCL 1.13 (`octree_pointcloud.hpp`): see `centred_origin` and `grown_origin`. Cells are listed depth first,
-that is in Morton order with bit triples (x, y, z), x the most significant; the order depends on geometry alone.
+VCCS owes its result to two such grids: the voxels it groups, and the coarser cells it draws seeds from. Where each
+lies follows PCL 1.13 (`octree_pointcloud.hpp`): see `centred_origin` and `grown_origin`. Cells are listed depth
+first, that is in Morton order with bit triples (x, y, z), x the most significant: by geometry, not by point order.
 """
 
 from typing import NamedTuple, no_type_check
@@ -15,6 +15,8 @@ AXIS_BITS = 21  # of each axis in a 63-bit Morton code
 _EPSILON = float(np.finfo(np.float32).eps)  # PCL's slack on bounding boxes, in the cloud's units
 _DIGIT = 12  # bits sorted per radix pass: its counters stay in the first-level cache
 _BRICK = 3  # log2 of the edge of the blocks in which `adjacency` works
+
+_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 class Cells(NamedTuple):
@@ -32,7 +34,7 @@ class Cells(NamedTuple):
 
 
 def centred_origin(points: Float32[np.ndarray, "N 3"], size: float) -> Float64[np.ndarray, "3"]:
-    """Lower corner of the power-of-two cube of cells in whose middle PCL puts a cloud it is given as a whole."""
+    """Lower corner of the power-of-two cube of cells in whose middle PCL puts a cloud given as a whole."""
     low, high = _bounds(points)
     cells = max(int(np.ceil((high - low - _EPSILON) / size).max()), 2)
     side = 2.0 ** np.ceil(np.log2(cells) - _EPSILON) * size
@@ -43,8 +45,9 @@ def centred_origin(points: Float32[np.ndarray, "N 3"], size: float) -> Float64[n
 def grown_origin(points: Float32[np.ndarray, "N 3"], size: float) -> Float64[np.ndarray, "3"]:
     """Lower corner of the cube that PCL grows, doubling it, as points arrive one by one.
 
-    The first point is a vertex of the grid. Growing extends the cube downwards on every axis on which the point that
-    did not fit is not above it, so the corner depends on the order of the points; the position of the cells does not.
+    The first point is a vertex of the grid. Growing extends the cube downwards on every axis on which the point
+    that did not fit is not above it. So the order of the points decides where the cube lies, and with it the order
+    of its cells; where the cells lie only the first point does.
     """
     return _grow_box(points, size)
 
@@ -57,8 +60,8 @@ def occupied_cells(points: Float32[np.ndarray, "N 3"], origin: Float64[np.ndarra
     reach = (_bounds(points)[1] - origin).max() / size
     if reach >= 1 << AXIS_BITS:
         raise ValueError(
-            f"a grid of {size:g} m cells over this cloud would have {reach:.0f} cells along one axis, the limit is "
-            f"{1 << AXIS_BITS}: use a larger resolution, or crop stray points far from the rest"
+            f"cells of {size:g} m over this cloud would number {reach:.3g} along one axis, more than the "
+            f"{1 << AXIS_BITS} allowed: use a larger resolution, or crop stray points far from the rest"
         )
     coordinates, codes = _morton_codes(points, origin, size)
     order = _argsort(codes, 3 * int(reach).bit_length())
@@ -69,7 +72,7 @@ def occupied_cells(points: Float32[np.ndarray, "N 3"], origin: Float64[np.ndarra
 # `no_type_check` keeps the import hook that checks shapes under pytest away from compiled code.
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _bounds(points):
     low = np.empty(3)
@@ -83,7 +86,7 @@ def _bounds(points):
     return low, high
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _grow_box(points, size):
     low = points[0].astype(np.float64) - size
@@ -104,7 +107,7 @@ def _grow_box(points, size):
     return low
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _spread(x):
     """Move bit b of a 21-bit number to bit 3 b."""
@@ -115,7 +118,7 @@ def _spread(x):
     return (x | x << 2) & 0x1249249249249249
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _morton_codes(points, origin, size):
     coordinates = np.empty(points.shape, np.int32)
@@ -129,7 +132,7 @@ def _morton_codes(points, origin, size):
     return coordinates, codes
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _argsort(codes, bits):
     """Stable radix sort of non-negative numbers below 2**bits."""
@@ -149,7 +152,7 @@ def _argsort(codes, bits):
     return order
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _runs(coordinates, codes, order):
     """Cells as the runs of equal codes in sorted order."""
@@ -169,14 +172,15 @@ def _runs(coordinates, codes, order):
     return keys, start[: count + 1].copy(), cell
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _slot(x, y, z, mask):
-    mixed = np.int64(x) * 73856093 ^ np.int64(y) * 19349663 ^ np.int64(z) * 83492791  # Teschner et al., VMV 2003
+    # Teschner et al., Optimized Spatial Hashing, VMV 2003
+    mixed = np.int64(x) * 73856093 ^ np.int64(y) * 19349663 ^ np.int64(z) * 83492791
     return (mixed ^ mixed >> 15) & mask
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _hash_table(keys):
     size = 2
@@ -191,7 +195,7 @@ def _hash_table(keys):
     return table
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def _find(table, keys, x, y, z):
     """Row of `keys` that holds (x, y, z), or -1."""
@@ -203,24 +207,26 @@ def _find(table, keys, x, y, z):
         slot = slot + 1 & len(table) - 1
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
 @no_type_check
 def adjacency(keys):
-    """26-neighbourhood of cells in Morton order, each cell its own neighbour too, as PCL has it.
+    """26-neighbourhood of distinct cells `keys` int32 [V, 3] in Morton order, each also its own neighbour.
 
-    `keys` int32 [V, 3] are distinct. Returns (start int64 [V + 1], neighbor int32 [E]): the neighbours of cell v are
+    Returns (start int64 [V + 1], neighbor int32 [E]): the neighbours of cell v are
     `neighbor[start[v]:start[v + 1]]`.
 
-    Cells of one 8 x 8 x 8 brick follow each other in Morton order, so the hash table is asked for bricks only, and the
-    neighbours of a brick's cells are read from a small dense copy of it with a margin of one cell.
+    Cells of one 8 x 8 x 8 brick follow each other in Morton order. So the hash table is asked for bricks only, and
+    the neighbours of a brick's cells are read from a small dense copy of it with a margin of one cell.
     """
     n = len(keys)
     brick_keys = np.empty((n, 3), np.int32)
     brick_start = np.empty(n + 1, np.int32)
     bricks = 0
     for v in range(n):
-        if v == 0 or ((keys[v] ^ keys[v - 1]) >> _BRICK).any():
-            brick_keys[bricks] = keys[v] >> _BRICK
+        x, y, z = keys[v, 0] >> _BRICK, keys[v, 1] >> _BRICK, keys[v, 2] >> _BRICK
+        b = bricks - 1
+        if v == 0 or x != brick_keys[b, 0] or y != brick_keys[b, 1] or z != brick_keys[b, 2]:
+            brick_keys[bricks, 0], brick_keys[bricks, 1], brick_keys[bricks, 2] = x, y, z
             brick_start[bricks] = v
             bricks += 1
     brick_start[bricks] = n

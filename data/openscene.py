@@ -98,9 +98,7 @@ def read_features(
         seen = np.asarray(content["mask"])
         seen = np.flatnonzero(seen) if seen.dtype == bool else np.sort(seen)
         if seen.size and not 0 <= seen[0] <= seen[-1] < len(features):
-            raise ValueError(
-                f"{path}: mask names row {seen[-1]} of feat, expected rows 0..{len(features) - 1}"
-            )
+            raise ValueError(f"{path}: mask names row {seen[-1]} of feat, expected rows 0..{len(features) - 1}")
         features, feature_index = features[seen], feature_index[seen]
     return features.astype(np.float16), feature_index.astype(np.int32)
 

@@ -201,9 +201,7 @@ class _AsciiBody:
     def _parse(self, element: _Element, prop: _Property, tokens: list[bytes]) -> np.ndarray:
         where = f"{self.path}: property '{prop.name}' of element '{element.name}'"
         try:
-            values = np.array(tokens, dtype=np.bytes_).astype(
-                np.float64
-            )  # holds every 32-bit integer exactly
+            values = np.array(tokens, dtype=np.bytes_).astype(np.float64)  # holds every 32-bit integer exactly
         except ValueError as error:
             raise ValueError(f"{where}: {error}; the file is corrupt") from None
         if prop.dtype.kind != "f":
@@ -251,9 +249,7 @@ def write_ply(
         raise ValueError(f"{path}: points must have shape [N, 3], got {list(points.shape)}")
     if not np.isfinite(points).all():
         row = np.argwhere(~np.isfinite(points))[0, 0]
-        raise ValueError(
-            f"{path}: points row {row} is {points[row]}, expected finite coordinates; drop the row"
-        )
+        raise ValueError(f"{path}: points row {row} is {points[row]}, expected finite coordinates; drop the row")
     columns = dict(zip("xyz", points.T, strict=True))
     if colors is not None:
         if colors.dtype != np.uint8 or colors.shape != points.shape:
@@ -268,9 +264,7 @@ def write_ply(
             raise ValueError(f"{path}: field '{name}' must be [{len(points)}], got {list(values.shape)}")
         columns[name] = values
     columns = {name: _storable(path, name, values) for name, values in columns.items()}
-    table = np.empty(
-        len(points), [(name, values.dtype.newbyteorder("<")) for name, values in columns.items()]
-    )
+    table = np.empty(len(points), [(name, values.dtype.newbyteorder("<")) for name, values in columns.items()])
     for name, values in columns.items():
         table[name] = values
     properties = "".join(f"property {_TYPE_NAMES[values.dtype]} {name}\n" for name, values in columns.items())

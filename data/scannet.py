@@ -72,9 +72,7 @@ def read_labels(path: str | os.PathLike) -> Int32[np.ndarray, " N"]:
     """
     columns = read_ply_columns(path)
     if "label" not in columns:
-        raise ValueError(
-            f"{path}: the vertices have no property 'label'; expected a ScanNet v2 .labels.ply file"
-        )
+        raise ValueError(f"{path}: the vertices have no property 'label'; expected a ScanNet v2 .labels.ply file")
     nyu40 = columns["label"]
     bad = np.flatnonzero((nyu40 < 0) | (nyu40 >= len(NYU40_TO_SCANNET20)))
     if bad.size:
@@ -137,10 +135,7 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
     if not numbers:
         raise FileNotFoundError(f"{folder}: no frames; export the .sens file to color/, depth/ and pose/")
     missing = [
-        f"{kind}/{number}{suffix}"
-        for number in numbers
-        for kind, suffix in kinds.items()
-        if number not in found[kind]
+        f"{kind}/{number}{suffix}" for number in numbers for kind, suffix in kinds.items() if number not in found[kind]
     ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -175,7 +170,5 @@ def _read_depth(path: Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: truncated or not a PNG image ({error}); export the frame again") from error
     if millimetres.ndim != 2 or millimetres.dtype.itemsize < 2:
-        raise ValueError(
-            f"{path}: expected 16-bit depth in millimetres, got {millimetres.dtype} {millimetres.shape}"
-        )
+        raise ValueError(f"{path}: expected 16-bit depth in millimetres, got {millimetres.dtype} {millimetres.shape}")
     return (millimetres / 1000).astype(np.float32)

@@ -91,9 +91,7 @@ class Scene:
             raise ValueError(f"{expected}, got {type(value).__name__}; use np.asarray")
         if value.dtype != dtype:
             raise ValueError(f"{expected}, got {value.dtype}; convert it with .astype(np.{np.dtype(dtype)})")
-        if len(value.shape) != len(shape) or any(
-            s not in (None, t) for s, t in zip(shape, value.shape, strict=True)
-        ):
+        if len(value.shape) != len(shape) or any(s not in (None, t) for s, t in zip(shape, value.shape, strict=True)):
             raise ValueError(f"{expected}, got shape {list(value.shape)}; give one row per point")
 
     def _check_rows(self, field: str, is_valid, expected: str, fix: str) -> None:
@@ -104,9 +102,7 @@ class Scene:
         if bad.any():
             index = np.argwhere(bad)[0]
             found = value[index[0]] if value[index[0]].size <= 3 else value[tuple(index)]
-            raise ValueError(
-                f"scene '{self.name}': {field} row {index[0]} is {found}, expected {expected}; {fix}"
-            )
+            raise ValueError(f"scene '{self.name}': {field} row {index[0]} is {found}, expected {expected}; {fix}")
 
     def save_npz(self, path: str | os.PathLike) -> None:
         """Writes the scene to an .npz file, whole or not at all."""
@@ -133,9 +129,7 @@ class Scene:
                 raise ValueError(f"{path}: truncated, or not an .npz scene file ({error})") from error
         unknown = sorted(set(fields) - set(known))
         if unknown or "points" not in fields:
-            raise ValueError(
-                f"{path}: expected the array points, and optionally of {known}; unknown here: {unknown}"
-            )
+            raise ValueError(f"{path}: expected the array points, and optionally of {known}; unknown here: {unknown}")
         fields["name"] = str(fields.get("name", path.stem))
         try:
             return cls(**fields)
@@ -234,9 +228,7 @@ def read_ply(path: str | os.PathLike) -> Scene:
     columns = read_ply_columns(path)
     missing = [axis for axis in "xyz" if axis not in columns]
     if missing:
-        raise ValueError(
-            f"{path}: the vertices have no property {', '.join(missing)}; found: {', '.join(columns)}"
-        )
+        raise ValueError(f"{path}: the vertices have no property {', '.join(missing)}; found: {', '.join(columns)}")
 
     def stacked(*names: str) -> np.ndarray | None:
         return np.stack([columns[n] for n in names], axis=1) if all(n in columns for n in names) else None
@@ -268,7 +260,5 @@ def _colors_to_uint8(colors: np.ndarray | None) -> UInt8[np.ndarray, "N 3"] | No
     bad = ~((colors >= 0) & (colors <= limit)).all(axis=1)
     if bad.any():
         row = np.flatnonzero(bad)[0]
-        raise ValueError(
-            f"colors row {row} is {colors[row]}, expected 0..{limit} as {colors.dtype}; rescale them"
-        )
+        raise ValueError(f"colors row {row} is {colors[row]}, expected 0..{limit} as {colors.dtype}; rescale them")
     return np.round(colors * (255 / limit)).astype(np.uint8)

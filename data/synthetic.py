@@ -217,9 +217,7 @@ class _Piece(NamedTuple):
         """[2, 3]: lowest and highest corner in the room, of the boxes around the solids (tilts left out)."""
         own = np.array([[np.subtract(s.center, s.half), np.add(s.center, s.half)] for s in self.solids])
         low, high = own[:, 0].min(0), own[:, 1].max(0)
-        corners = np.array(
-            [[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])]
-        )
+        corners = np.array([[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
         placed = corners @ self.pose[:3, :3].T + self.pose[:3, 3]
         return np.stack([placed.min(0), placed.max(0)])
 
@@ -250,9 +248,7 @@ def _shell(rng, extent) -> list[_Piece]:
             hole = (0.8, 0.0, 2.0)
         elif side == sides[3]:  # window
             hole = (rng.uniform(0.8, 1.4), 0.9, 2.0)
-        pieces.append(
-            _Piece("wall", _wall(rng, length, h, hole, paint), _along_wall(side, length / 2, 0, extent))
-        )
+        pieces.append(_Piece("wall", _wall(rng, length, h, hole, paint), _along_wall(side, length / 2, 0, extent)))
     if rng.random() < 0.4:
         a, b = rng.uniform(0.3, 0.9, 2)
         x, y = rng.choice([0, w - a]), rng.choice([0, d - b])
@@ -286,9 +282,7 @@ def _along_wall(side, along, away, extent) -> np.ndarray:
 
 def _furnish(rng, extent, shell) -> list[_Piece]:
     """Furniture that neither overlaps nor leaves the room, the largest first, and what stands on it."""
-    chosen = [
-        (name, build(rng), side) for name, (build, chance, side) in _ON_FLOOR.items() if rng.random() < chance
-    ]
+    chosen = [(name, build(rng), side) for name, (build, chance, side) in _ON_FLOOR.items() if rng.random() < chance]
     chosen += [("chair", furniture.chair(rng), "any") for _ in range(rng.integers(1, 4))]
     chosen += [("clutter", furniture.clutter(rng), "any") for _ in range(rng.integers(0, 4))]
     chosen.sort(key=lambda piece: -np.prod(_half_width(piece[1])))
@@ -345,9 +339,7 @@ def _at_table(rng, table, half_depth) -> np.ndarray:
     """Pose of a chair that faces one of the four sides of a table."""
     side = rng.integers(4)
     away = _half_width(table.solids)[(side + 1) % 2] + half_depth + rng.uniform(0.0, 0.15)
-    return (
-        table.pose @ _placement(side * np.pi / 2, 0, 0, 0) @ _placement(0, rng.uniform(-0.2, 0.2), -away, 0)
-    )
+    return table.pose @ _placement(side * np.pi / 2, 0, 0, 0) @ _placement(0, rng.uniform(-0.2, 0.2), -away, 0)
 
 
 def _half_width(solids) -> np.ndarray:

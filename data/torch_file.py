@@ -80,9 +80,9 @@ class _Reader(pickle.Unpickler):
         if key not in self._storages:
             data = self._archive.read(f"{self._root}data/{key}")
             dtype = np.dtype(self._byte_order + code)
-            if len(data) < size * dtype.itemsize:
+            if len(data) != size * dtype.itemsize:
                 raise ValueError(f"storage {key} has {len(data)} bytes, expected {size} values of {dtype}")
-            self._storages[key] = np.frombuffer(data, dtype, count=size)
+            self._storages[key] = np.frombuffer(data, dtype)
         return self._storages[key]
 
 
@@ -95,9 +95,6 @@ def _names() -> dict[tuple[str, str], Any]:
 
     def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
         return _strided(storage, offset, size, stride)
-
-    def rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-        return data
 
     def dtype(code: str, *_: Any) -> _Dtype:
         return _Dtype(code)
@@ -113,13 +110,16 @@ def _names() -> dict[tuple[str, str], Any]:
             raise pickle.UnpicklingError(f"bytes written as {encoding!r}; expected latin1")
         return text.encode("latin1")
 
+    def no_bytes() -> bytes:
+        return b""
+
     names: dict[tuple[str, str], str | type | Callable] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
         ("numpy", "dtype"): dtype,
         ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
         ("_codecs", "encode"): encode,  # how protocol 2 writes bytes
+        ("__builtin__", "bytes"): no_bytes,  # and how it writes none
     }
     for module in _MULTIARRAY:
         names[module, "_reconstruct"] = array

@@ -285,20 +285,14 @@ def look_around_views(
     tall[tuple((xy[at_head] - low).T)] = True
     free = np.argwhere(ground & ~_dilate(tall, 3))
     if len(free) == 0:
-        raise ValueError(
-            "look_around_views: no place in this cloud is 0.3 m clear of everything at head height"
-        )
+        raise ValueError("look_around_views: no place in this cloud is 0.3 m clear of everything at head height")
     spacing, intrinsics = point_spacing(points), intrinsics_of(size)
     views = []
     for i in range(count):
-        eye = np.append(
-            (free[rng.integers(len(free))] + low + rng.random(2)) * cell, floor + rng.uniform(1.2, 1.7)
-        )
+        eye = np.append((free[rng.integers(len(free))] + low + rng.random(2)) * cell, floor + rng.uniform(1.2, 1.7))
         aims = points[rng.integers(len(points), size=8)]
         distance = np.linalg.norm(aims[:, :2] - eye[:2], axis=1)
-        pose = look_at(
-            eye, aims[np.argmax(distance > 1.0) if (distance > 1.0).any() else np.argmax(distance)]
-        )
+        pose = look_at(eye, aims[np.argmax(distance > 1.0) if (distance > 1.0).any() else np.argmax(distance)])
         depth, _ = splat(points, pose, intrinsics, size, 1.5 * spacing)
         depth[missing_blocks(rng, depth.shape, holes)] = 0
         views.append(View(f"look{i:02d}", pose, intrinsics, size, depth, None))

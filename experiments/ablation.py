@@ -1,6 +1,6 @@
 """Runs the rows of an ablation table over seeds, and writes its Markdown and its plot.
 
-All rows of a seed share the prepared data, and those that share a first stage share its checkpoint. Every run is an
+All runs share the prepared data, and those of a seed that share a first stage share its checkpoint. Every run is an
 ordinary work directory, so a killed table goes on where it was, and two tables share the rows they have in common.
 """
 
@@ -58,11 +58,12 @@ def _run(config_file: Path, folder: Path, row: str, seed: int) -> dict:
     config = module.get_config()
     config.seed = seed
     config.eval.pictures = 0
-    config.data.prepared = str(folder / "data")
+    config.data.prepared = str(folder.parent / "data")
     loss, shares_first_stage = RUNS[row]
     config.loss.update(loss)
     if shares_first_stage:
         config.stage1_from = str(folder / FIRST)
+    run.use_cpu_devices(config)
     print(f"\n== seed {seed}: {row}")
     return run.run(config, folder / row)
 
@@ -73,9 +74,10 @@ def _report(name: str, title: str, rows: list, results: dict, protocol: dict) ->
     lines = [
         f"# {title}",
         "",
-        f"{protocol['scenes']} validation scenes of the data set {protocol['dataset']!r}, {seeds} seeds (rooms, network "
-        f"and data order), teacher: {protocol['teacher']}, text: {protocol['text_encoder']}; every row is trained for "
-        "the same number of steps. The paper's column is ScanNet with LSeg, quoted: compare orders, not values.",
+        f"{protocol['scenes']} validation scenes of the data set {protocol['dataset']!r}; teacher: {protocol['teacher']}; "
+        f"text: {protocol['text_encoder']}. {seeds} seeds of network and data order, on the same rooms. Every row is "
+        "trained for the same number of steps. The paper's column is ScanNet with LSeg, quoted: compare the order of "
+        "the rows, not the values.",
         "",
         "| row | mIoU (mean ± standard deviation) | per seed | mAcc | paper, mIoU |",
         "| --- | --- | --- | --- | --- |",

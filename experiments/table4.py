@@ -1,7 +1,7 @@
 """Table 4 of the paper: what each component of GGSD adds.
 
-  python -m experiments.table4            # three seeds on the synthetic rooms
-  python -m experiments.table4 --seeds=1
+python -m experiments.table4            # three seeds on the synthetic rooms
+python -m experiments.table4 --seeds=1
 """
 
 from experiments.ablation import run_table

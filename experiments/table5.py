@@ -1,7 +1,7 @@
 """Table 5 of the paper: which model should give the labels of the second stage.
 
-  python -m experiments.table5            # three seeds on the synthetic rooms
-  python -m experiments.table5 --seeds=1
+python -m experiments.table5            # three seeds on the synthetic rooms
+python -m experiments.table5 --seeds=1
 """
 
 from experiments.ablation import run_table

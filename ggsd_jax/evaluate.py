@@ -24,9 +24,7 @@ ROWS = {
 PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tensorflow-datasets"]
 
 
-def half_scores(
-    features: Float[np.ndarray, "N C"], class_text: Float[np.ndarray, "L C"]
-) -> Float16[np.ndarray, "N L"]:
+def half_scores(features: Float[np.ndarray, "N C"], class_text: Float[np.ndarray, "L C"]) -> Float16[np.ndarray, "N L"]:
     """Dot products of half-precision features and text, rounded to half precision, as OpenScene scores."""
     half = [a.astype(np.float16).astype(np.float32) for a in (features, class_text)]
     return (half[0] @ half[1].T).astype(np.float16)
@@ -91,7 +89,7 @@ def predict(
 ) -> dict[str, Int[np.ndarray, "N"]]:
     """Predicted class of each point by every row of `ROWS` (`metrics.UNKNOWN` = no 2D feature)."""
     count = scene.points.shape[0]
-    seen: Bool[np.ndarray, "N"] = np.zeros(count, bool)
+    seen: Bool[np.ndarray, N] = np.zeros(count, bool)
     fused = np.zeros((count, class_text.shape[1]), np.float32)
     if scene.features is not None:
         seen[scene.feature_index] = True
@@ -101,17 +99,15 @@ def predict(
     totals = {row: np.zeros((count, len(class_text)), np.float16) for row in (*networks, "ensemble")}
     for repeat in range(config.eval.repeats):
         rng = np.random.default_rng([config.seed, index, repeat])
-        coords, inverse = input_pipeline.voxelized_views(scene, config.data.voxel_size, rng)
+        voxels = input_pipeline.random_view(scene, config.data.voxel_size, rng, config.data.max_voxels)
+        coords = np.pad(voxels.coords, ((0, 0), (1, 0)))
+        feats = inference.input_features(voxels, scene.colors, config.data.input_color)
         for row, variables in networks.items():
-            features = inference.encode_voxels(
-                variables, coords, inference.input_features(scene, coords, inverse, config.data.input_color),
-                arch=config.model.arch,
-            )  # fmt: skip
-            features = np.asarray(features, np.float32)
-            point_scores = half_scores(features, class_text)[inverse]
+            features = inference.encode_voxels(variables, coords, feats, arch=config.model.arch)
+            point_scores = half_scores(features, class_text)[voxels.inverse]
             totals[row] += point_scores
             if row == "stage2":
-                best = half_scores(normalized(features), class_text).max(axis=1)[inverse]
+                best = half_scores(normalized(features), class_text).max(axis=1)[voxels.inverse]
                 totals["ensemble"] += np.where((fused_best > best)[:, None], fused_scores, point_scores)
     predictions = {row: total.argmax(axis=1) for row, total in totals.items()}
     return {"fusion_2d": np.where(seen, fused_scores.argmax(axis=1), metrics.UNKNOWN)} | predictions
@@ -132,7 +128,10 @@ def picture(scene: Scene, predictions: dict, labels: LabelSet, directory: Path) 
     for name, values in shown.items():
         scene_io.write_ply(directory / f"{scene.name}_{name}.ply", scene.points, colors=values)
     render.side_by_side(
-        directory / f"{scene.name}.png", scene.points, shown, legend=dict(zip(labels.classes, labels.palette, strict=True))
+        directory / f"{scene.name}.png",
+        scene.points,
+        shown,
+        legend=dict(zip(labels.classes, labels.palette, strict=True)),
     )
 
 
@@ -145,5 +144,7 @@ def table(results: dict) -> str:
         gain = f"{100 * (values['miou'] - fusion):+10.1f}" if row != "fusion_2d" else ""
         lines.append(f"{title:28}{100 * values['miou']:8.1f}{100 * values['macc']:8.1f}{gain}")
     protocol = results["protocol"]
-    lines.append(f"{protocol['scenes']} {results['dataset']} scenes ({results['split']}), teacher: {protocol['teacher']}")
+    lines.append(
+        f"{protocol['scenes']} {results['dataset']} scenes ({results['split']}), teacher: {protocol['teacher']}"
+    )
     return "\n".join(lines)

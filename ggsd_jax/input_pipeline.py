@@ -19,9 +19,10 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float, Float32, Float64, Int, Int32
+from jaxtyping import Float32, Float64, Int
 
 from data.scene import Scene
+from ggsd_jax.inference import input_features
 from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, next_bucket, repad, voxelize
 
 _MAX_SHIFT = 100  # voxels, as OpenScene; every alignment to the coarsest grid is seen
@@ -98,13 +99,11 @@ def transformed_voxels(
     return voxels._replace(coords=voxels.coords - voxels.coords.min(0))
 
 
-def voxelized_views(
+def random_view(
     scene: Scene, voxel_size: float, rng: np.random.Generator | None, max_voxels: int | None = None
-) -> tuple[Int32[np.ndarray, "V 4"], Int32[np.ndarray, "N"]]:
-    """One view of a scene for evaluation: randomly rotated and scaled, or as it is where `rng` is None.
+) -> Voxels:
+    """The voxels of a scene for evaluation: randomly rotated and scaled, or as it is where `rng` is None.
 
-    Returns:
-        Voxel coordinates (0, x, y, z) in ascending order, and the voxel of each point.
     Raises:
         ValueError: more than `max_voxels` voxels.
     """
@@ -115,7 +114,7 @@ def voxelized_views(
             f"scene {scene.name} has {len(voxels.coords)} voxels of {voxel_size} m, more than "
             f"data.max_voxels={max_voxels}: raise data.max_voxels or data.voxel_size, or split the scene"
         )
-    return np.pad(voxels.coords, ((0, 0), (1, 0))), voxels.inverse
+    return voxels
 
 
 # ---------------------------------------------------------------------------------------- one replica's batch
@@ -135,7 +134,7 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
     sizes = [len(v.coords) for v in voxels]
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
     coords = [np.pad(v.coords, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(voxels)]
-    feats = [_input_feats(s, v, config.data.input_color) for s, v in zip(scenes, voxels, strict=True)]
+    feats = [input_features(v, s.colors, config.data.input_color) for s, v in zip(scenes, voxels, strict=True)]
     superpoints, num_superpoints = _compact_superpoints(scenes, voxels)
     targets, target_index = [], []
     for scene, scene_voxels, start in zip(scenes, voxels, starts, strict=True):
@@ -146,7 +145,7 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
         target_index.append(start + np.flatnonzero(row >= 0).astype(np.int32))
 
     pyramid = build_pyramid(np.concatenate(coords))
-    bucket = pyramid.bucket
+    bucket = max(pyramid.bucket, next_bucket(config.data.min_voxels))
     while num_superpoints > bucket // 4:
         bucket = next_bucket(bucket + 1)
     batch = Batch(
@@ -188,14 +187,6 @@ def _compact_superpoints(scenes: Sequence[Scene], voxels: Sequence[Voxels]) -> t
         parts.append(np.where(compact >= 0, compact + count, -1).astype(np.int32))
         count += len(ids)
     return np.concatenate(parts), count
-
-
-def _input_feats(scene: Scene, voxels: Voxels, input_color: bool) -> Float[np.ndarray, "V 3"]:
-    if not input_color:
-        return np.ones((len(voxels.first), 3), np.float32)
-    if scene.colors is None:
-        raise ValueError(f"scene {scene.name} has no colors, set data.input_color=False")
-    return scene.colors[voxels.first].astype(np.float32) / 127.5 - 1.0
 
 
 # --------------------------------------------------------------------------------------------------- cropping

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; see --help")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours)
+    run.use_cpu_devices(FLAGS.config)
     try:
         run.run(FLAGS.config, Path(FLAGS.workdir), FLAGS.mode)
     except (ValueError, FileNotFoundError, run.NonFiniteError) as error:

@@ -65,8 +65,6 @@ def scores(counts: Int[np.ndarray, "K1 K"]) -> dict:
     }
 
 
-def evaluate(
-    pred: Int[np.ndarray, "N"], gt: Int[np.ndarray, "N"], num_classes: int, ignore: int = 255
-) -> dict:
+def evaluate(pred: Int[np.ndarray, "N"], gt: Int[np.ndarray, "N"], num_classes: int, ignore: int = 255) -> dict:
     """`scores` of one set of points; see `confusion_matrix` for the values that `pred` and `gt` may take."""
     return scores(confusion_matrix(pred, gt, num_classes, ignore))

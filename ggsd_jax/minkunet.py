@@ -81,8 +81,6 @@ class SparseConv(nn.Module):
         shape = (kernel_map.kernel_volume, x.shape[-1], self.features)
         init = _TRANSPOSED_INIT if self.transposed else _CONV_INIT
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        if self.is_initializing():  # only shapes matter then; a minute of compilation saved
-            return jnp.zeros((kernel_map.num_in if self.transposed else kernel_map.num_out, shape[2]), self.dtype)
         return sparse_conv(x.astype(self.dtype), kernel, kernel_map, transposed=self.transposed)
 
 

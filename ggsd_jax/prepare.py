@@ -37,7 +37,7 @@ from data.virtual_camera import look_around_views
 from ggsd_jax.vision_language import text
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
-_TRAINING_ONLY = {"prepared", "voxel_size", "augment", "input_color", "loop", "max_voxels", "workers"}
+_TRAINING_ONLY = {"prepared", "voxel_size", "augment", "input_color", "loop", "min_voxels", "max_voxels", "workers"}
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -70,9 +70,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     # TFDS talks of downloads and counts records; our bar counts scenes and knows how many there are
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        downloads = tfds.download.DownloadConfig(
-            manual_dir=config.data.root or scratch, try_download_gcs=False
-        )
+        downloads = tfds.download.DownloadConfig(manual_dir=config.data.root or scratch, try_download_gcs=False)
         builder.download_and_prepare(download_dir=scratch, download_config=downloads)
     for split, info in builder.info.splits.items():
         logging.info("prepared %s: %d records, %.1f MB", split, info.num_examples, info.num_bytes / 1e6)
@@ -185,9 +183,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
 
 def _dataset_folder(data_dir: Path) -> Path | None:
     """The finished dataset in `data_dir`."""
-    finished = [
-        f.parent for f in data_dir.glob("*/*/dataset_info.json") if not f.parent.name.startswith(_INCOMPLETE)
-    ]
+    finished = [f.parent for f in data_dir.glob("*/*/dataset_info.json") if not f.parent.name.startswith(_INCOMPLETE)]
     if len(finished) > 1:
         raise ValueError(f"{data_dir} holds {len(finished)} datasets: delete all but one of {finished}")
     return finished[0] if finished else None
@@ -217,9 +213,7 @@ def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
     return teacher_class(class_text, **rates)
 
 
-def add_superpoints_and_features(
-    raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher
-) -> Scene:
+def add_superpoints_and_features(raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher) -> Scene:
     """The scene with its VCCS superpoints and the mean over the views of the teacher's features."""
     scene = raw.scene
     superpoints = vccs(scene.points, scene.colors, scene.normals, **config.superpoints)
@@ -267,9 +261,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder, abc.ABC):
         readers = {split: self._readers(split, root) for split in ("train", "val")}
         return {split: self._generate_examples(split, readers[split]) for split in readers}
 
-    def _generate_examples(
-        self, split: str, readers: dict[str, Callable[[], _RawScene]]
-    ) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, split: str, readers: dict[str, Callable[[], _RawScene]]) -> Iterator[tuple[int, dict]]:
         config = self._run_config
         key = itertools.count()
         for name, read in tqdm(readers.items(), desc=f"prepare {split}", unit="scene", dynamic_ncols=True):
@@ -309,9 +301,7 @@ class ScanNet(_Dataset):
 
     def _readers(self, split: str, root: Path) -> dict[str, Callable[[], _RawScene]]:
         if self._run_config.data.label_set != "scannet20":
-            raise ValueError(
-                f"data.label_set is {self._run_config.data.label_set!r}: ScanNet is read with 'scannet20'"
-            )
+            raise ValueError(f"data.label_set is {self._run_config.data.label_set!r}: ScanNet is read with 'scannet20'")
         listed = (root / f"scannetv2_{split}.txt").read_text().split()
         found = {}
         for name in listed:

@@ -30,9 +30,7 @@ def render(
     z = points[:, 2]
     keep = z <= z.min() + open_above * (z.max() - z.min())
     points, colors = points[keep] - points[keep].mean(axis=0), colors[keep]
-    forward = -np.array(
-        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
-    )
+    forward = -np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     right = np.array([-np.sin(azimuth), np.cos(azimuth), 0.0])
     down = np.cross(forward, right)
     x, y, depth = points @ right, points @ down, points @ forward
@@ -43,7 +41,7 @@ def render(
     image = np.full((height + 2 * size, width + 2 * size, 3), BACKGROUND, np.uint8)
     far_to_near = np.argsort(-depth, kind="stable")
     column, row, colors = column[far_to_near] + size, row[far_to_near] + size, colors[far_to_near]
-    # One splat offset after the other would let far points cover near ones: the painter's order is over (point, offset).
+    # All pixels of a point before those of the next, or far points would cover near ones.
     offsets = np.arange(size) - size // 2
     dy, dx = (o.ravel() for o in np.meshgrid(offsets, offsets, indexing="ij"))
     rows = np.clip((row[:, None] + dy).ravel(), 0, image.shape[0] - 1)

@@ -48,6 +48,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all") -> 
     return None
 
 
+def use_cpu_devices(config: ml_collections.ConfigDict) -> None:
+    """Makes `config.cpu_devices` replicas of a machine without an accelerator; to be called before jax is used."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")

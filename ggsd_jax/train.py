@@ -125,9 +125,7 @@ def train_step(
         total = loss.distill_weight * (terms["L_p"] + loss.superpoint_weight * terms["L_sp"])
         if stage == 2:
             learned = voted if loss.voting else labels
-            terms["L_sd"] = mean(
-                self_distillation_loss(features, class_text, learned, learned >= 0, loss.temperature)
-            )
+            terms["L_sd"] = mean(self_distillation_loss(features, class_text, learned, learned >= 0, loss.temperature))
             total += loss.self_weight * terms["L_sd"]
             student = pseudo_labels(features, class_text)
             labelled, taken = labels >= 0, voted >= 0

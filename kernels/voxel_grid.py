@@ -1,16 +1,17 @@
-"""Sparse voxel grids on the host: quantise points, de-duplicate voxels, find the neighbours a convolution reads.
+"""Sparse voxel grids, on the host: quantise points, drop duplicates, find the neighbours a convolution reads.
 
-A voxel is a row (batch, x, y, z). Rows are packed into one sortable 64-bit key, in one place (`_pack`), and everything
-else works on sorted keys: duplicates are adjacent, and so are the z-neighbours of a voxel, which makes a kernel map one
-forward sweep with a cursor per (x, y) row of the kernel. All of it is NumPy and numba, releases the GIL, and runs in the
-loader's workers; the results are pytrees of NumPy arrays that go to the device as they are.
+A voxel is a row (batch, x, y, z). Rows are packed into one sortable 64-bit key, and everything else works on
+sorted keys: duplicates are adjacent, and so are neighbours along z, which makes a kernel map one forward sweep
+with a cursor per (x, y) row of the kernel. It is NumPy and numba that release the GIL and run in the loader's
+workers; what comes out are pytrees of NumPy arrays that go to the device as they are.
 
-Conventions are MinkowskiEngine's: kernel offsets count x fastest; odd kernels are centred, a kernel of size 2 covers
-0..1; strided coordinates are `floor(c / stride) * stride`, a true floor for negatives too.
+Conventions are MinkowskiEngine's: kernel offsets count x fastest; odd kernels are centred, a kernel of size 2
+covers 0 and 1; strided coordinates are `floor(c / stride) * stride`, a true floor for negatives too.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import numba
@@ -19,9 +20,11 @@ from jaxtyping import Bool, Float, Int32
 
 _BITS = 18  # of each axis in a packed key; the batch index takes the 9 bits above them
 _HALF = 1 << (_BITS - 1)
-_REACH = 2  # widest kernel radius: keys keep this margin, so that an offset never carries into the next axis
-COORDINATE_LIMIT = _HALF - _REACH
+_MARGIN = 2  # widest kernel radius: an offset never carries from one axis of a key into the next
+COORDINATE_LIMIT = _HALF - _MARGIN
 BATCH_LIMIT = 1 << (63 - 3 * _BITS)
+
+_compile = numba.njit(cache=True, nogil=True)
 
 
 class CapacityError(ValueError):
@@ -32,29 +35,29 @@ class Voxels(NamedTuple):
     """Occupied voxels of a point cloud, in ascending (x, y, z) order."""
 
     coords: Int32[np.ndarray, "V 3"]
-    inverse: Int32[np.ndarray, "N"]
+    inverse: Int32[np.ndarray, " N"]
     """Voxel of each point."""
-    first: Int32[np.ndarray, "V"]
+    first: Int32[np.ndarray, " V"]
     """Lowest point index of each voxel."""
 
 
-def _pytree(meta_fields: tuple[str, ...]):
-    """Frozen dataclass that jax flattens; `meta_fields` are static."""
+def _pytree(*static_fields: str):
+    """Frozen dataclass that jax flattens into all but its static fields."""
 
     def register(cls):
         cls = dataclasses.dataclass(frozen=True)(cls)
-        data_fields = [f.name for f in dataclasses.fields(cls) if f.name not in meta_fields]
-        return jax.tree_util.register_dataclass(cls, data_fields, list(meta_fields))
+        data_fields = [f.name for f in dataclasses.fields(cls) if f.name not in static_fields]
+        return jax.tree_util.register_dataclass(cls, data_fields, list(static_fields))
 
     return register
 
 
-@_pytree(meta_fields=("num_in", "num_out", "kernel_volume"))
+@_pytree("num_in", "num_out", "kernel_volume")
 class KernelMap:
-    """Which input row meets which output row under which kernel offset: `in[i] == stride * out[j] + offset[k]`.
+    """Which input row meets which output row under which offset: `in[i] == stride * out[j] + offset[k]`.
 
-    Pairs are sorted by offset and each offset is padded to whole tiles, so a tile has one weight matrix. A padding pair
-    points at rows `num_in` and `num_out`, one past the end. Tiles from `num_tiles` on hold padding only.
+    Pairs are sorted by offset and each offset is padded to whole tiles, so a tile has one weight matrix. A
+    padding pair points at rows `num_in` and `num_out`, one past the end. Tiles from `num_tiles` on are padding.
     """
 
     in_index: Any  # int32 [T, tile]
@@ -66,15 +69,15 @@ class KernelMap:
     kernel_volume: int
 
 
-@_pytree(meta_fields=())
+@_pytree()
 class Pyramid:
-    """Voxels of a five-level U-Net and the kernel maps on and between its levels, padded to a bucket's capacities.
+    """Voxels of a U-Net's levels and the kernel maps on and between them, padded to a bucket's capacities.
 
-    Level l has tensor stride 2**l. Valid rows come first: level 0 in the caller's order, coarser levels in ascending
-    (batch, x, y, z). `down[l]` leads from level l to l + 1, and transposed from l + 1 to l.
+    Level l has tensor stride 2**l. Valid rows come first: level 0 in the caller's order, coarser levels in
+    ascending (batch, x, y, z). `down[l]` leads from level l to l + 1 and, transposed, back.
     """
 
-    coords: tuple[Any, ...]  # int32 [V_l, 4] per level
+    coords: tuple[Any, ...]  # int32 [V_l, 4] per level; padding rows are zero
     num_voxels: Any  # int32 [levels]
     stem: KernelMap  # 5^3 on level 0
     submanifold: tuple[KernelMap, ...]  # 3^3 on each level
@@ -85,42 +88,19 @@ class Pyramid:
         """Row capacity of level 0, on which every shape of the pyramid depends."""
         return self.coords[0].shape[0]
 
-    def mask(self, level: int) -> Bool[Any, "V"]:
+    def mask(self, level: int) -> Bool[Any, " V"]:
         """True for the valid rows of a level."""
         return np.arange(self.coords[level].shape[0]) < self.num_voxels[level]
 
 
-# ---------------------------------------------------------------------------------------------------- packed keys
-
-
-def _checked(coords: Int32[np.ndarray, "N 4"], tensor_stride: int = 1) -> None:
-    if len(coords) == 0:
-        raise ValueError("coords has no rows: an empty cloud has no kernel map")
-    bad = (coords[:, 1:] < -COORDINATE_LIMIT) | (coords[:, 1:] >= COORDINATE_LIMIT)
-    if bad.any():
-        row = int(bad.any(1).argmax())
-        raise ValueError(
-            f"coords row {row} is {coords[row].tolist()}: x, y, z must lie in "
-            f"[-{COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or use larger voxels"
-        )
-    bad = (coords[:, 0] < 0) | (coords[:, 0] >= BATCH_LIMIT)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"coords row {row} has batch index {coords[row, 0]}: expected 0..{BATCH_LIMIT - 1}")
-    if tensor_stride > 1:
-        bad = (coords[:, 1:] % tensor_stride != 0).any(1)
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"coords row {row} is {coords[row].tolist()}: expected multiples of tensor_stride {tensor_stride}"
-            )
+# ------------------------------------------------------------------------------------------------ packed keys
 
 
 def _pack(coords: np.ndarray) -> np.ndarray:
-    """Sortable int64 keys of (batch, x, y, z) rows; order of keys is lexicographic order of rows."""
+    """Int64 keys of (batch, x, y, z) rows; their order is the lexicographic order of the rows."""
     key = coords[:, 0].astype(np.int64)
     for axis in (1, 2, 3):
-        key = (key << _BITS) + (coords[:, axis].astype(np.int64) + _HALF)
+        key = (key << _BITS) + (coords[:, axis] + _HALF)
     return key
 
 
@@ -133,24 +113,39 @@ def _unpack(keys: np.ndarray) -> np.ndarray:
     return coords
 
 
-@numba.njit(cache=True, nogil=True)
+@_compile
+@no_type_check
+def _parents(keys):
+    """Key of the parent (stride 2) of every voxel, and which of its eight children the voxel is."""
+    parents = np.empty(len(keys), np.int64)
+    child = np.empty(len(keys), np.int64)
+    low = (1 << _BITS) - 1
+    for i in range(len(keys)):
+        key = keys[i]
+        x, y, z = (key >> (2 * _BITS)) & low, (key >> _BITS) & low, key & low
+        child[i] = (x & 1) + 2 * (y & 1) + 4 * (z & 1)
+        parent = key >> (3 * _BITS)
+        for c in (x, y, z):  # c is a coordinate + _HALF
+            parent = (parent << _BITS) + ((c + _HALF) >> 1)
+        parents[i] = parent
+    return parents, child
+
+
+@_compile
+@no_type_check
 def _unique(keys, order):
     """Distinct keys, the group of each key, and the lowest index in each group; `order` sorts `keys`."""
-    n = len(keys)
-    unique = np.empty(n, np.int64)
-    first = np.empty(n, np.int32)
-    inverse = np.empty(n, np.int32)
+    unique = np.empty(len(keys), np.int64)
+    inverse = np.empty(len(keys), np.int32)
+    first = np.empty(len(keys), np.int32)
     count = 0
-    for i in range(n):
-        row = order[i]
-        key = keys[row]
-        if count == 0 or unique[count - 1] != key:
-            unique[count] = key
+    for row in order:
+        if count == 0 or unique[count - 1] != keys[row]:
+            unique[count] = keys[row]
             first[count] = row
             count += 1
-        elif row < first[count - 1]:
-            first[count - 1] = row
         inverse[row] = count - 1
+        first[count - 1] = min(first[count - 1], row)
     return unique[:count].copy(), inverse, first[:count].copy()
 
 
@@ -161,37 +156,81 @@ def voxelize(points: Float[np.ndarray, "N 3"], voxel_size: float) -> Voxels:
         points: finite coordinates, in the unit of `voxel_size`.
         voxel_size: edge of a voxel, > 0.
     Raises:
-        ValueError: no points, a coordinate that is not finite, or one outside the packable range.
+        ValueError: no points, a coordinate that is not finite, or a voxel outside the packable range.
     """
     if len(points) == 0:
         raise ValueError("points has no rows: cannot voxelize an empty cloud")
-    if not voxel_size > 0:
+    if not 0 < voxel_size < np.inf:
         raise ValueError(f"voxel_size is {voxel_size}: expected a positive length")
-    scaled = np.floor(points.astype(np.float64) / voxel_size)
-    bad = ~((scaled >= -COORDINATE_LIMIT) & (scaled < COORDINATE_LIMIT)).all(1)
+    voxels = np.floor(points / np.float64(voxel_size))
+    bad = ~((voxels >= -COORDINATE_LIMIT) & (voxels < COORDINATE_LIMIT)).all(1)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
-            f"points row {row} is {points[row].tolist()}: expected finite coordinates whose voxels of size {voxel_size} "
-            f"lie in [-{COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or use larger voxels"
+            f"points row {row} is {points[row].tolist()}: expected finite coordinates whose voxels of size "
+            f"{voxel_size} lie in [{-COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or take larger voxels"
         )
     coords = np.zeros((len(points), 4), np.int32)
-    coords[:, 1:] = scaled
+    coords[:, 1:] = voxels
     keys = _pack(coords)
     unique, inverse, first = _unique(keys, np.argsort(keys))
     return Voxels(_unpack(unique)[:, 1:].copy(), inverse, first)
 
 
-# ---------------------------------------------------------------------------------------------------- kernel maps
+# ------------------------------------------------------------------------------------------------ kernel maps
 
 
-@numba.njit(cache=True, nogil=True)
+class _Level(NamedTuple):
+    """Voxels of one level in units of its tensor stride: sorted keys, and the row of each."""
+
+    keys: np.ndarray
+    rows: np.ndarray
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a kernel map before they are laid out in tiles."""
+
+    counts: np.ndarray  # per offset
+    write: Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+    """write(position, in_index, out_index) puts the pairs of offset k at position[k] and after."""
+
+
+def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
+    """Check the caller's voxels and sort them."""
+    if len(coords) == 0:
+        raise ValueError("coords has no rows: an empty cloud has no kernel map")
+
+    def refuse(bad: np.ndarray, expected: str) -> None:
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(f"coords row {row} is {coords[row].tolist()}: expected {expected}")
+
+    batch, xyz = coords[:, 0], coords[:, 1:]
+    refuse((batch < 0) | (batch >= BATCH_LIMIT), f"a batch index in 0..{BATCH_LIMIT - 1}")
+    refuse(
+        ((xyz < -COORDINATE_LIMIT) | (xyz >= COORDINATE_LIMIT)).any(1),
+        f"x, y, z in [{-COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or take larger voxels",
+    )
+    if tensor_stride > 1:
+        refuse((xyz % tensor_stride != 0).any(1), f"x, y, z to be multiples of tensor_stride {tensor_stride}")
+        coords = np.column_stack([batch, xyz // tensor_stride])
+    keys = _pack(coords)
+    rows = np.argsort(keys).astype(np.int32)
+    keys = keys[rows]
+    repeated = keys[1:] == keys[:-1]
+    if repeated.any():
+        i = int(repeated.argmax())
+        raise ValueError(f"coords rows {rows[i]} and {rows[i + 1]} are the same voxel: expected distinct rows")
+    return _Level(keys, rows)
+
+
+@_compile
+@no_type_check
 def _sweep(keys, rows, radius, position, in_index, out_index):
-    """Pairs of an odd kernel, in sorted order of their output: `position[k]` advances by the number of pairs of offset k.
+    """Pairs of an odd kernel: `position[k]` advances by the number of pairs of offset k.
 
-    With an empty `in_index` it only counts; otherwise pairs of offset k are written from `position[k]` on. One forward
-    pass per (dx, dy) row of the kernel that precedes the centre, where the row's voxels are adjacent; the other half
-    are the same pairs, seen from the other side.
+    With an empty `in_index` it only counts; otherwise pairs are written as they are met. There is one pass per
+    (dx, dy) row of the kernel up to the centre's; the rows after it are the same pairs seen from the other side.
     """
     size = 2 * radius + 1
     write = in_index.size > 0
@@ -199,51 +238,36 @@ def _sweep(keys, rows, radius, position, in_index, out_index):
         dx, dy = r // size - radius, r % size - radius
         own_row = dx == 0 and dy == 0
         first_dz = (np.int64(dx) << (2 * _BITS)) + (np.int64(dy) << _BITS) - radius
-        last_dz = radius if own_row else 2 * radius  # the voxel itself is the end of its own row
+        last = radius if own_row else 2 * radius  # the voxel itself is the last of its own row
         k0 = dx + radius + size * (dy + radius)
         start = position.copy()
-        j = 0
+        cursor = 0
         for i in range(len(keys)):
             lowest = keys[i] + first_dz
-            while keys[j] < lowest:
-                j += 1
-            for neighbour in range(j, i + 1):
-                dz = keys[neighbour] - lowest
-                if dz > last_dz:
+            while keys[cursor] < lowest:
+                cursor += 1
+            for j in range(cursor, i + 1):
+                step = keys[j] - lowest
+                if step > last:
                     break
-                k = k0 + dz * size * size
+                k = k0 + step * size * size
                 if write:
-                    in_index[position[k]] = rows[neighbour]
+                    in_index[position[k]] = rows[j]
                     out_index[position[k]] = rows[i]
                 position[k] += 1
-        for dz in range(radius if own_row else size):
-            k = k0 + dz * size * size
+        for step in range(radius if own_row else size):
+            k = k0 + step * size * size
             mirror = size**3 - 1 - k
-            begin, end = start[k], position[k]
+            count = position[k] - start[k]
             if write:
-                in_index[position[mirror] : position[mirror] + end - begin] = out_index[begin:end]
-                out_index[position[mirror] : position[mirror] + end - begin] = in_index[begin:end]
-            position[mirror] += end - begin
+                source, target = start[k], position[mirror]
+                in_index[target : target + count] = out_index[source : source + count]
+                out_index[target : target + count] = in_index[source : source + count]
+            position[mirror] += count
 
 
-@numba.njit(cache=True, nogil=True)
-def _parents(keys):
-    """Key of the parent (stride 2) of every voxel, and which of its eight children (kernel offset) the voxel is."""
-    parent = np.empty(len(keys), np.int64)
-    child = np.empty(len(keys), np.int32)
-    low = np.int64((1 << _BITS) - 1)
-    for i in range(len(keys)):
-        x, y, z = keys[i] >> (2 * _BITS), (keys[i] >> _BITS) & low, keys[i] & low
-        batch, x = x >> _BITS, x & low
-        child[i] = (x & 1) + 2 * (y & 1) + 4 * (z & 1)
-        key = batch
-        for c in (x, y, z):
-            key = (key << _BITS) + (c >> 1) + (_HALF >> 1)  # floor(c / 2) of a field that stores c + _HALF
-        parent[i] = key
-    return parent, child
-
-
-@numba.njit(cache=True, nogil=True)
+@_compile
+@no_type_check
 def _link(child, rows, parents, position, in_index, out_index):
     """Pairs of the 2^3 stride-2 map, written from `position[k]` on for child k."""
     for i in range(len(child)):
@@ -253,188 +277,160 @@ def _link(child, rows, parents, position, in_index, out_index):
         position[k] += 1
 
 
-class _Level(NamedTuple):
-    """Voxels of one level in units of its tensor stride: sorted keys, and the row each of them has."""
+def _neighbours(level: _Level, kernel_size: int) -> _Pairs:
+    def sweep(position, in_index, out_index):
+        _sweep(level.keys, level.rows, kernel_size // 2, position, in_index, out_index)
 
-    keys: np.ndarray
-    rows: np.ndarray
-
-
-class _Pairs(NamedTuple):
-    """Pairs of a kernel map not yet written: how many per offset, and the function that writes them."""
-
-    counts: np.ndarray
-    write: Any  # (position, in_index, out_index) -> None
-
-
-def _neighbour_pairs(level: _Level, kernel_size: int) -> _Pairs:
-    def sweep(*out):
-        _sweep(level.keys, level.rows, kernel_size // 2, *out)
-
-    counts, nothing = np.zeros(kernel_size**3, np.int64), np.empty(0, np.int32)
-    sweep(counts, nothing, nothing)
+    counts, nowhere = np.zeros(kernel_size**3, np.int64), np.empty(0, np.int32)
+    sweep(counts, nowhere, nowhere)
     return _Pairs(counts, sweep)
 
 
 def _coarsen(level: _Level) -> tuple[_Level, _Pairs]:
     parent_keys, child = _parents(level.keys)
     keys, parents, _ = _unique(parent_keys, np.argsort(parent_keys))
-    pairs = _Pairs(np.bincount(child, minlength=8), lambda *out: _link(child, level.rows, parents, *out))
-    return _Level(keys, np.arange(len(keys), dtype=np.int32)), pairs
+
+    def link(position, in_index, out_index):
+        _link(child, level.rows, parents, position, in_index, out_index)
+
+    return _Level(keys, np.arange(len(keys), dtype=np.int32)), _Pairs(np.bincount(child, minlength=8), link)
 
 
-def _stored_pairs(kernel_map: KernelMap) -> _Pairs:
-    """Pairs of a finished map, to be written again in tiles of another size."""
+def _stored(kernel_map: KernelMap) -> _Pairs:
+    """Pairs of a finished map, to be laid out again."""
     offset_index = kernel_map.offset_index[: kernel_map.num_tiles]
-    live = (kernel_map.in_index[: kernel_map.num_tiles] < kernel_map.num_in).sum(1)
-    counts = np.bincount(offset_index, live, kernel_map.kernel_volume).astype(np.int64)
-    begin = np.searchsorted(offset_index, np.arange(kernel_map.kernel_volume)) * kernel_map.in_index.shape[1]
+    per_tile = (kernel_map.in_index[: kernel_map.num_tiles] < kernel_map.num_in).sum(1)
+    counts = np.bincount(offset_index, per_tile, kernel_map.kernel_volume).astype(np.int64)
+    start = np.searchsorted(offset_index, np.arange(kernel_map.kernel_volume)) * kernel_map.in_index.shape[1]
 
     def copy(position, in_index, out_index):
         for k, count in enumerate(counts):
-            source, target = slice(begin[k], begin[k] + count), slice(position[k], position[k] + count)
+            source, target = slice(start[k], start[k] + count), slice(position[k], position[k] + count)
             in_index[target] = kernel_map.in_index.reshape(-1)[source]
             out_index[target] = kernel_map.out_index.reshape(-1)[source]
 
     return _Pairs(counts, copy)
 
 
-def _kernel_map(pairs: _Pairs, shape: tuple[int, int], num_in: int, num_out: int) -> KernelMap:
-    """Write pairs into tiles; `shape` is (tiles, pairs per tile)."""
-    tiles_per_offset = -(-pairs.counts // shape[1])
-    num_tiles = tiles_per_offset.sum(dtype=np.int32)
-    in_index = np.full(shape, num_in, np.int32)
-    out_index = np.full(shape, num_out, np.int32)
+def _tiles_per_offset(pairs: _Pairs, tile: int) -> np.ndarray:
+    return -(-pairs.counts // tile)
+
+
+def _lay_out(pairs: _Pairs, shape: tuple[int, int], num_in: int, num_out: int) -> KernelMap:
+    """Kernel map of `shape` (tiles, pairs per tile)."""
+    tiles = _tiles_per_offset(pairs, shape[1])
+    num_tiles = tiles.sum(dtype=np.int32)
+    in_index, out_index = np.full(shape, num_in, np.int32), np.full(shape, num_out, np.int32)
     offset_index = np.zeros(shape[0], np.int32)
-    offset_index[:num_tiles] = np.repeat(np.arange(len(pairs.counts)), tiles_per_offset)
-    begin = (np.cumsum(tiles_per_offset) - tiles_per_offset) * shape[1]
-    pairs.write(begin, in_index.reshape(-1), out_index.reshape(-1))
-    return KernelMap(in_index, out_index, offset_index, num_tiles, num_in, num_out, len(pairs.counts))
+    offset_index[:num_tiles] = np.repeat(np.arange(len(tiles)), tiles)
+    pairs.write((np.cumsum(tiles) - tiles) * shape[1], in_index.reshape(-1), out_index.reshape(-1))
+    return KernelMap(in_index, out_index, offset_index, num_tiles, num_in, num_out, len(tiles))
 
 
-def _num_tiles(pairs: _Pairs, tile: int) -> int:
-    return int((-(-pairs.counts // tile)).sum())
-
-
-def _finest_level(coords: np.ndarray, tensor_stride: int) -> _Level:
-    _checked(coords, tensor_stride)
-    if tensor_stride > 1:
-        coords = coords // np.array([1, tensor_stride, tensor_stride, tensor_stride], np.int32)
-    keys = _pack(coords)
-    rows = np.argsort(keys).astype(np.int32)
-    keys = keys[rows]
-    repeated = keys[1:] == keys[:-1]
-    if repeated.any():
-        i = int(repeated.argmax())
-        raise ValueError(
-            f"coords rows {rows[i]} and {rows[i + 1]} are both {coords[rows[i]].tolist()}: voxels must be distinct"
-        )
-    return _Level(keys, rows)
+def _tile(rows: int, level: int = 0) -> int:
+    """Pairs per tile: enough for a dense product, few enough that offsets padded to whole tiles waste little."""
+    return max(64, (1024 if rows > 8192 else 512) >> level)
 
 
 def kernel_map(
     coords: Int32[np.ndarray, "N 4"], *, kernel_size: int, stride: int = 1, tensor_stride: int = 1
 ) -> tuple[KernelMap, Int32[np.ndarray, "M 4"]]:
-    """Kernel map of one convolution, at its exact size (tiles padded to whole tiles only).
+    """Kernel map of one convolution and its output coordinates, at exact sizes.
 
     Args:
         coords: distinct (batch, x, y, z) rows, multiples of `tensor_stride`.
         kernel_size: 3 or 5 with stride 1, 2 with stride 2.
-        tensor_stride: distance between neighbouring input voxels.
+        tensor_stride: spacing of the input voxels.
     Returns:
-        The map and the output coordinates: `coords` itself for stride 1, ascending (batch, x, y, z) for stride 2.
+        The map, and `coords` itself for stride 1, parents in ascending (batch, x, y, z) order for stride 2.
+    Raises:
+        ValueError: coords empty, repeated, out of range or off the grid; an unsupported kernel.
     """
     if (kernel_size, stride) not in ((3, 1), (5, 1), (2, 2)):
         raise ValueError(
-            f"kernel_size {kernel_size} with stride {stride}: expected kernel size 3 or 5 with stride 1, or 2 with stride 2"
+            f"kernel_size {kernel_size} with stride {stride}: expected size 3 or 5 with stride 1, or 2 with stride 2"
         )
-    level = _finest_level(coords, tensor_stride)
+    level = _sorted_level(coords, tensor_stride)
     if stride == 1:
-        pairs, out_coords = _neighbour_pairs(level, kernel_size), coords
+        pairs, out_coords = _neighbours(level, kernel_size), coords
     else:
-        coarse, pairs = _coarsen(level)
-        out_coords = _unpack(coarse.keys)
+        parents, pairs = _coarsen(level)
+        out_coords = _unpack(parents.keys)
         out_coords[:, 1:] *= 2 * tensor_stride
     tile = _tile(len(coords))
-    return _kernel_map(pairs, (_num_tiles(pairs, tile), tile), len(coords), len(out_coords)), out_coords
+    shape = (int(_tiles_per_offset(pairs, tile).sum()), tile)
+    return _lay_out(pairs, shape, len(coords), len(out_coords)), out_coords
 
 
 # ---------------------------------------------------------------------------------------------------- pyramid
 
-
-# Capacities per row of the bucket. Furnished rooms fill (1, .23, .05, .01, .003), ScanNet's vertices at 5 cm (1, .37,
-# .1, .02, .01) and at 2 cm (1, .81, .34, .09, .02), a nuScenes sweep at 5 cm (1, .77, .55, .34, .19): a row that stays
-# empty on a coarse level costs less than a row of level 0, so only the sparsest clouds move up a bucket or two.
+# Rows of each level per row of the bucket. Measured: furnished rooms (1, .23, .05, .01, .003), ScanNet's vertices
+# at 5 cm (1, .37, .1, .02, .01) and at 2 cm (1, .81, .34, .09, .02), a nuScenes sweep at 5 cm (1, .77, .55, .34,
+# .19). An empty row of a coarse level costs less than one of level 0, but the sparsest clouds are rare: they move
+# up a bucket or two.
 _ROW_RATIO = (1.0, 0.65, 0.38, 0.22, 0.13)
-_PAIR_RATIO = (17.0, 5.2, 3.5, 1.35, 0.8)  # of the 3^3 maps; up to 16.6 of 27 neighbours are present on level 0
-_STEM_PAIR_RATIO = 60.0  # up to 58.4 of 125
-
-
-def _tile(bucket: int, level: int = 0) -> int:
-    """Pairs per tile: so few that padding every offset to whole tiles wastes little, enough for a dense product."""
-    return max(64, (1024 if bucket > 8192 else 512) >> level)
+# Pairs per row of the bucket, measured up to 16.6 and 58.4 on level 0. What is not used costs memory, not time.
+_PAIR_RATIO = (17.0, 8.0, 5.0, 3.0, 2.0)  # 3^3 on each level
+_STEM_PAIR_RATIO = 60.0  # 5^3
 
 
 def next_bucket(n: int) -> int:
-    """Smallest bucket with at least `n` rows: 2048, then about 1.25 times the one before, in multiples of 128."""
+    """Smallest bucket of at least `n` rows: 2048, then about 1.25 times the one before, multiples of 128."""
     bucket = 2048
     while bucket < n:
         bucket = -(-bucket * 5 // (4 * 128)) * 128
     return bucket
 
 
-def _pad(
-    coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down: list[_Pairs], bucket: int
-) -> Pyramid:
-    """Put the valid rows of every level and the pairs of every map into the shapes of `bucket`."""
-    rows = [-(-int(_ROW_RATIO[level] * bucket) // 128) * 128 for level in range(len(coords))]
+def _pad(coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down: list[_Pairs], bucket: int) -> Pyramid:
+    """Valid rows of every level and pairs of every map, in the shapes of `bucket`."""
+    rows = [-(-int(ratio * bucket) // 128) * 128 for ratio in _ROW_RATIO[: len(coords)]]
     for level, (valid, capacity) in enumerate(zip(coords, rows, strict=True)):
         if len(valid) > capacity:
             raise CapacityError(
-                f"{len(coords[0])} voxels do not fit bucket {bucket}: {len(valid)} rows on level {level}, room for "
+                f"{len(coords[0])} voxels do not fit bucket {bucket}: level {level} has {len(valid)} and room for "
                 f"{capacity}; take a larger bucket or crop the cloud"
             )
 
-    def fit(pairs: _Pairs, level: int, max_pairs: float, num_out: int) -> KernelMap:
+    def fit(pairs: _Pairs, level: int, max_pairs: int, num_out: int) -> KernelMap:
         tile = _tile(bucket, level)
-        capacity = int(max_pairs) // tile + len(pairs.counts)  # every offset may waste up to a tile
-        if _num_tiles(pairs, tile) > capacity:
+        capacity = max_pairs // tile + len(pairs.counts)  # every offset may leave a tile unfinished
+        if _tiles_per_offset(pairs, tile).sum() > capacity:
             raise CapacityError(
-                f"{len(coords[0])} voxels do not fit bucket {bucket}: {pairs.counts.sum()} pairs of neighbours under "
-                f"{len(pairs.counts)} offsets on level {level}, room for {int(max_pairs)}; take a larger bucket or "
-                "crop the cloud"
+                f"{len(coords[0])} voxels do not fit bucket {bucket}: level {level} has {pairs.counts.sum()} pairs "
+                f"of neighbours and room for {max_pairs}; take a larger bucket or crop the cloud"
             )
-        return _kernel_map(pairs, (capacity, tile), rows[level], num_out)
+        return _lay_out(pairs, (capacity, tile), rows[level], num_out)
 
     return Pyramid(
         coords=tuple(np.pad(c, ((0, n - len(c)), (0, 0))) for c, n in zip(coords, rows, strict=True)),
         num_voxels=np.array([len(c) for c in coords], np.int32),
-        stem=fit(stem, 0, _STEM_PAIR_RATIO * bucket, rows[0]),
+        stem=fit(stem, 0, int(_STEM_PAIR_RATIO * bucket), rows[0]),
         submanifold=tuple(
-            fit(pairs, level, _PAIR_RATIO[level] * bucket, rows[level]) for level, pairs in enumerate(submanifold)
+            fit(pairs, level, int(_PAIR_RATIO[level] * bucket), rows[level]) for level, pairs in enumerate(submanifold)
         ),
         down=tuple(fit(pairs, level, rows[level], rows[level + 1]) for level, pairs in enumerate(down)),
     )
 
 
 def build_pyramid(coords: Int32[np.ndarray, "N 4"], levels: int = 5, bucket: int | None = None) -> Pyramid:
-    """Levels and kernel maps of a U-Net on these voxels, padded so that every shape depends on `bucket` alone.
+    """Levels and kernel maps of a U-Net on these voxels; every array shape depends on `bucket` alone.
 
     Args:
-        coords: distinct (batch, x, y, z) rows; they keep their order on level 0.
+        coords: distinct (batch, x, y, z) rows, which keep their order on level 0.
         levels: 1 to 5.
-        bucket: row capacity of level 0, one of `next_bucket`'s; None takes the smallest in which everything fits.
+        bucket: row capacity of level 0, a multiple of 128; None takes the smallest bucket in which all fits.
     Raises:
         CapacityError: the cloud does not fit the given bucket.
-        ValueError: no rows, rows that repeat, or coordinates outside the packable range.
+        ValueError: coords empty, repeated or out of range.
     """
-    level = _finest_level(coords, 1)
-    stem = _neighbour_pairs(level, 5)
-    level_coords, submanifold, down = [coords], [_neighbour_pairs(level, 3)], []
+    level = _sorted_level(coords, 1)
+    stem = _neighbours(level, 5)
+    level_coords, submanifold, down = [coords], [_neighbours(level, 3)], []
     for i in range(1, levels):
         level, pairs = _coarsen(level)
         level_coords.append(_unpack(level.keys) * np.array([1, 2**i, 2**i, 2**i], np.int32))
-        submanifold.append(_neighbour_pairs(level, 3))
+        submanifold.append(_neighbours(level, 3))
         down.append(pairs)
     if bucket is not None:
         return _pad(level_coords, stem, submanifold, down, bucket)
@@ -454,8 +450,8 @@ def repad(pyramid: Pyramid, bucket: int) -> Pyramid:
     """
     return _pad(
         [c[:n] for c, n in zip(pyramid.coords, pyramid.num_voxels, strict=True)],
-        _stored_pairs(pyramid.stem),
-        [_stored_pairs(kernel_map) for kernel_map in pyramid.submanifold],
-        [_stored_pairs(kernel_map) for kernel_map in pyramid.down],
+        _stored(pyramid.stem),
+        [_stored(pairs) for pairs in pyramid.submanifold],
+        [_stored(pairs) for pairs in pyramid.down],
         bucket,
     )

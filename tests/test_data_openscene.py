@@ -34,9 +34,7 @@ def test_a_preprocessed_scene_becomes_bytes_of_color_and_ignored_labels(tmp_path
 
 
 def test_a_lidar_scene_without_colors_has_none(tmp_path):
-    scene = openscene.read_scene(
-        save(tmp_path / "3a4b.pth", (POINTS.astype(np.float64), 0, LABELS.astype(np.int64)))
-    )
+    scene = openscene.read_scene(save(tmp_path / "3a4b.pth", (POINTS.astype(np.float64), 0, LABELS.astype(np.int64))))
     assert scene.colors is None and scene.points.dtype == np.float32 and scene.name == "3a4b"
 
 
@@ -89,9 +87,7 @@ def test_features_of_both_formats_give_openscenes_training_targets(golden, tmp_p
 
 
 def test_validation_features_are_openscenes_dense_ones(golden, tmp_path):
-    path = save(
-        tmp_path / "scene_0.pt", {"feat": golden["fl_val_feat"], "mask_full": golden["fl_val_mask_full"]}
-    )
+    path = save(tmp_path / "scene_0.pt", {"feat": golden["fl_val_feat"], "mask_full": golden["fl_val_mask_full"]})
     features, index = openscene.read_features(path, num_points=3000)
     dense = np.zeros((3000, features.shape[1]), np.float16)
     dense[index] = features

@@ -16,11 +16,11 @@ from ggsd_jax.input_pipeline import (
     crop_shares,
     make_batch,
     random_transform,
+    random_view,
     steps_per_epoch,
     target_capacity,
     train_iterator,
     transformed_voxels,
-    voxelized_views,
 )
 from kernels.voxel_grid import Voxels, build_pyramid, next_bucket
 
@@ -70,6 +70,7 @@ def make_config(**overrides) -> ml_collections.ConfigDict:
                 loop=2,
                 workers=0,
                 chunk_points=500,
+                min_voxels=0,
                 max_voxels=50000,
             ),
         )
@@ -192,14 +193,12 @@ def test_one_shift_of_the_grid_is_shared_by_the_scenes_of_a_batch():
 
 def test_views_for_evaluation_are_the_plain_voxels_or_random_ones():
     scene = box_scene(1)
-    coords, inverse = voxelized_views(scene, 0.05, None)
-    plain = untouched(scene, 0.05)
-    np.testing.assert_array_equal(coords[:, 1:], plain.coords)
-    np.testing.assert_array_equal(inverse, plain.inverse)
-    assert (coords[:, 0] == 0).all()
-    first = voxelized_views(scene, 0.05, np.random.default_rng(0))[0]
-    again = voxelized_views(scene, 0.05, np.random.default_rng(0))[0]
-    other = voxelized_views(scene, 0.05, np.random.default_rng(1))[0]
+    plain = random_view(scene, 0.05, None)
+    for ours, expected in zip(plain, untouched(scene, 0.05), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    first = random_view(scene, 0.05, np.random.default_rng(0)).coords
+    again = random_view(scene, 0.05, np.random.default_rng(0)).coords
+    other = random_view(scene, 0.05, np.random.default_rng(1)).coords
     np.testing.assert_array_equal(first, again)
     assert first.shape != other.shape or (first != other).any()
 
@@ -275,7 +274,7 @@ def test_input_colours_are_those_of_the_representative_points_in_minus_one_to_on
     np.testing.assert_allclose(batch.feats[: len(voxels.first)], expected, atol=1e-6)
     grey = Scene("grey", scene.points, superpoints=scene.superpoints, features=scene.features,
                  feature_index=scene.feature_index)  # fmt: skip
-    with pytest.raises(ValueError, match="scene grey has no colors.*data.input_color"):
+    with pytest.raises(ValueError, match="reads colours .data.input_color.*has none"):
         make_batch([grey], [voxels], make_config(**{"data.input_color": True}))
 
 
@@ -323,9 +322,7 @@ def test_visits_of_a_scene_draw_their_chunk_at_random():
     chunks = set()
     for batch in take(8, Scenes(1, chunks=3, num_features=50), make_config(batch_size=1)):
         points = batch.targets[0][batch.target_index[0] >= 0] @ POINT_OF_FEATURE
-        chunks |= {
-            k for k in range(3) if np.isin(points, box_scene(0, chunk=k, num_features=50).feature_index).all()
-        }
+        chunks |= {k for k in range(3) if np.isin(points, box_scene(0, chunk=k, num_features=50).feature_index).all()}
     assert chunks == {0, 1, 2}
 
 
@@ -396,4 +393,4 @@ def test_a_training_scene_that_does_not_fit_is_cropped_and_said_so_once(caplog):
 
 def test_an_evaluation_scene_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"box0 has \d+ voxels of 0.01 m, more than data.max_voxels=500"):
-        voxelized_views(box_scene(0), 0.01, None, max_voxels=500)
+        random_view(box_scene(0), 0.01, None, max_voxels=500)

@@ -60,9 +60,7 @@ def test_detailed_nuscenes_names_map_to_the_class_they_detail():
 
 def test_nyu40_names_are_those_of_the_scannet_label_table(shared):
     with open(shared / "data/scannet/meta/scannetv2-labels.combined.tsv", newline="") as file:
-        table = {
-            int(r["nyu40id"]): r["nyu40class"] for r in csv.DictReader(file, delimiter="\t") if r["nyu40id"]
-        }
+        table = {int(r["nyu40id"]): r["nyu40class"] for r in csv.DictReader(file, delimiter="\t") if r["nyu40id"]}
     table[24] = "refrigerator"  # spelled "refridgerator" there
     names = LABEL_SETS["nyu40"].classes
     assert {i: names[i - 1] for i in table if 0 < i <= 40} == {i: n for i, n in table.items() if 0 < i <= 40}
@@ -71,9 +69,7 @@ def test_nyu40_names_are_those_of_the_scannet_label_table(shared):
 def test_matterport_names_are_the_most_frequent_ones_of_its_category_table(shared):
     with open(shared / "data/matterport_meta/category_mapping.tsv", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
-        names = list(
-            dict.fromkeys(r["nyuClass"] for r in rows if r["nyuClass"] not in ("void", "unknown", ""))
-        )
+        names = list(dict.fromkeys(r["nyuClass"] for r in rows if r["nyuClass"] not in ("void", "unknown", "")))
     assert LABEL_SETS["matterport160"].classes == tuple(names[:160])
     assert LABEL_SETS["matterport40"].classes == tuple(names[:40])
 

@@ -34,9 +34,7 @@ def encode_ply(file_format: str, elements: list, newline: str = "\n") -> bytes:
                 else:
                     cells += [(kind[0], len(value)), *((kind[1], v) for v in value)]
             if file_format == "ascii":
-                body += (
-                    " ".join(repr(np.dtype(SCALARS[k]).type(v).item()) for k, v in cells) + newline
-                ).encode()
+                body += (" ".join(repr(np.dtype(SCALARS[k]).type(v).item()) for k, v in cells) + newline).encode()
             else:
                 body += b"".join(np.array(v, FORMATS[file_format] + SCALARS[k]).tobytes() for k, v in cells)
     return newline.join([*lines, "end_header", ""]).encode() + body
@@ -189,9 +187,7 @@ VERTEX = [(axis, "float") for axis in "xyz"]
             "truncated, the file ends in row 1 of 3 of element 'vertex'; copy or download it again",
         ),
         (
-            encode_ply(
-                "binary_big_endian", [("vertex", VERTEX, []), ("face", [("i", ("char", "int"))], [([],)])]
-            )[:-1]
+            encode_ply("binary_big_endian", [("vertex", VERTEX, []), ("face", [("i", ("char", "int"))], [([],)])])[:-1]
             + b"\xff",
             "corrupt, list 'i' in row 0 of element 'face' has length -1",
         ),

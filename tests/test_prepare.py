@@ -162,9 +162,7 @@ def test_a_chunk_has_features_of_random_points_that_are_seen(num_points, chunk_p
 # ----------------------------------------------------------------------------------- killed, changed, corrupt
 
 
-def test_an_error_in_the_middle_leaves_nothing_and_the_next_run_starts_anew(
-    tmp_path, tiny_rooms, monkeypatch
-):
+def test_an_error_in_the_middle_leaves_nothing_and_the_next_run_starts_anew(tmp_path, tiny_rooms, monkeypatch):
     readable = prepare.generate_room
 
     def fails_at_the_third(seed):

@@ -54,9 +54,7 @@ def test_a_point_lifted_from_a_pixel_falls_on_it_and_is_seen(seed):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.01, 0.5))
-def test_a_point_is_seen_while_it_departs_from_the_reading_by_less_than_the_tolerance_of_the_reading(
-    seed, tolerance
-):
+def test_a_point_is_seen_while_it_departs_from_the_reading_by_less_than_the_tolerance_of_the_reading(seed, tolerance):
     rng = np.random.default_rng(seed)
     pose, depth = random_pose(rng), rng.uniform(0.5, 5, (6, 8)).astype(np.float32)
     for factor, seen in ((0.99, True), (1.01, False)):
@@ -74,9 +72,7 @@ def test_the_tolerance_itself_is_still_within():
 
 def test_no_reading_sees_nothing_however_wide_the_tolerance():
     points = np.array([[0.0, 0, 1], [0, 0, 1e-9]])
-    assert not project(
-        points, np.eye(4), INTRINSICS, SIZE, np.zeros((6, 8), np.float32), tolerance=9.0
-    ).visible.any()
+    assert not project(points, np.eye(4), INTRINSICS, SIZE, np.zeros((6, 8), np.float32), tolerance=9.0).visible.any()
 
 
 def test_points_behind_the_camera_or_in_its_plane_are_not_seen():

@@ -28,9 +28,7 @@ def folder(tmp_path):
     write_ply(folder / "scene0007_01_vh_clean_2.labels.ply", points, label=NYU40)
     for number in (0, 20, 100):
         write_depth(folder, number, np.full((480, 640), 1500))
-        Image.fromarray(rng.integers(0, 256, (97, 130, 3)).astype(np.uint8)).save(
-            folder / f"color/{number}.jpg"
-        )
+        Image.fromarray(rng.integers(0, 256, (97, 130, 3)).astype(np.uint8)).save(folder / f"color/{number}.jpg")
         (folder / f"pose/{number}.txt").write_text(POSE if number != 20 else "-inf " * 16)
     return folder
 
@@ -76,9 +74,7 @@ def test_labels_that_are_not_of_this_mesh_or_not_nyu40_are_refused(folder, label
 def test_a_truncated_mesh_is_named(folder):
     path = folder / "scene0007_01_vh_clean_2.ply"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match="scene0007_01_vh_clean_2.ply: truncated, the file ends in row 6 of 7"
-    ):
+    with pytest.raises(ValueError, match="scene0007_01_vh_clean_2.ply: truncated, the file ends in row 6 of 7"):
         scannet.read_scene(folder)
 
 
@@ -88,9 +84,7 @@ def test_views_carry_pose_intrinsics_and_depth_on_the_asked_grid(folder):
     view = scannet.read_views(folder)[0]
     assert view.name == "scene0007_01/0" and view.size == (320, 240) and view.depth.dtype == np.float32
     np.testing.assert_allclose(view.depth, millimetres[::2, ::2] / 1000, rtol=1e-7)
-    np.testing.assert_allclose(
-        view.intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], [288.9353025, 288.9353025, 159.5, 119.5]
-    )
+    np.testing.assert_allclose(view.intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], [288.9353025, 288.9353025, 159.5, 119.5])
     np.testing.assert_array_equal(view.pose, np.array(POSE.split(), float).reshape(4, 4))
     assert view.pixels().shape == (240, 320, 3)
     full = scannet.read_views(folder, size=(640, 480))[0]
@@ -108,11 +102,7 @@ def test_frames_without_a_finite_pose_are_left_out_counted_and_logged(folder, ca
 
 def test_views_can_be_thinned_and_gone_through_twice(folder):
     views = scannet.read_views(folder, every=2)
-    assert (
-        [view.name for view in views]
-        == [view.name for view in views]
-        == ["scene0007_01/0", "scene0007_01/100"]
-    )
+    assert [view.name for view in views] == [view.name for view in views] == ["scene0007_01/0", "scene0007_01/100"]
 
 
 def test_depth_is_read_only_when_a_view_is_asked_for(folder):
@@ -179,8 +169,6 @@ def test_the_real_v1_label_file_is_refused_not_mistaken(shared, tmp_path):
     folder = tmp_path / "scene0000_00"
     folder.mkdir()
     shutil.copy(source / "scene0000_00_vh_clean_2.ply", folder)
-    shutil.copy(
-        source / "scene0000_00_vh_clean_2.labels_v1_rawid.ply", folder / "scene0000_00_vh_clean_2.labels.ply"
-    )
+    shutil.copy(source / "scene0000_00_vh_clean_2.labels_v1_rawid.ply", folder / "scene0000_00_vh_clean_2.labels.ply")
     with pytest.raises(ValueError, match="labels.ply: label row .*ScanNet v1 has raw category ids"):
         scannet.read_scene(folder)

@@ -15,9 +15,7 @@ from ggsd_jax.vision_language.simulated import SimulatedTeacher
 from ggsd_jax.vision_language.text import embed
 
 TEXT = embed(SYNTHETIC.classes)
-PERFECT = dict(
-    fragment_mistakes=0.0, view_mistakes=0.0, ambiguity=0.0, bleeding=0.0, lighting=0.0, pixel_noise=0.0
-)
+PERFECT = dict(fragment_mistakes=0.0, view_mistakes=0.0, ambiguity=0.0, bleeding=0.0, lighting=0.0, pixel_noise=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -163,9 +163,7 @@ def test_views_inside_a_cloud_see_much_of_it_and_agree_with_it(rooms):
 
 
 def test_a_cloud_without_room_for_a_camera_says_so():
-    grid = np.stack(np.meshgrid(*[np.arange(0, 0.9, 0.05)] * 2, np.arange(0, 2.5, 0.05)), axis=-1).reshape(
-        -1, 3
-    )
+    grid = np.stack(np.meshgrid(*[np.arange(0, 0.9, 0.05)] * 2, np.arange(0, 2.5, 0.05)), axis=-1).reshape(-1, 3)
     with pytest.raises(ValueError, match="no place in this cloud is 0.3 m clear"):
         look_around_views(grid.astype(np.float32))
 

@@ -97,9 +97,7 @@ def test_a_file_gives_its_own_rows_at_unit_length(tmp_path):
 
 def test_a_name_the_file_lacks_is_answered_with_the_nearest(tmp_path):
     np.savez(tmp_path / "t.npz", embedding=np.eye(3, dtype=np.float32), names=["chair", "sofa", "lamp"])
-    with pytest.raises(
-        ValueError, match=r"t\.npz: no embedding of 'chairs'; the nearest names there are chair"
-    ):
+    with pytest.raises(ValueError, match=r"t\.npz: no embedding of 'chairs'; the nearest names there are chair"):
         embed(["sofa", "chairs"], encoder=tmp_path / "t.npz")
 
 

@@ -155,9 +155,7 @@ def test_four_devices_take_the_step_of_one_on_the_same_scenes(batches, stage, ch
     results = {}
     for replicas, batch in by_replicas.items():
         state = initial_state(model, optimizer, jax.tree.map(lambda x: x[0], batch), seed=0)
-        step = functools.partial(
-            train_step, model=model, optimizer=optimizer, loss=loss, stage1_steps=0, stage=stage
-        )
+        step = functools.partial(train_step, model=model, optimizer=optimizer, loss=loss, stage1_steps=0, stage=stage)
         devices = jax.local_devices()[:replicas]
         step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), devices=devices)
         state, terms = step(flax.jax_utils.replicate(state, devices), batch, class_text)

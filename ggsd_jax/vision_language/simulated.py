@@ -61,9 +61,7 @@ class SimulatedTeacher:
     def __post_init__(self):
         for rate in ("fragment_mistakes", "view_mistakes", "ambiguity"):
             if not 0 <= getattr(self, rate) <= 1:
-                raise ValueError(
-                    f"simulated teacher: {rate} is {getattr(self, rate)}, expected a share in 0..1"
-                )
+                raise ValueError(f"simulated teacher: {rate} is {getattr(self, rate)}, expected a share in 0..1")
         for size in ("temperature", "fragment_size"):
             if not getattr(self, size) > 0:
                 raise ValueError(f"simulated teacher: {size} is {getattr(self, size)}, expected more than 0")
@@ -121,9 +119,7 @@ class SimulatedTeacher:
     @cached_property
     def _prototypes(self) -> Float32[np.ndarray, "K1 C"]:
         """The feature of each class before noise; the last row is that of no class."""
-        leaning = (1 - self.ambiguity) * self.class_text + self.ambiguity * (
-            self._confusion @ self.class_text
-        )
+        leaning = (1 - self.ambiguity) * self.class_text + self.ambiguity * (self._confusion @ self.class_text)
         leaning /= np.linalg.norm(leaning, axis=1, keepdims=True)
         basis = np.linalg.qr(self.class_text.T.astype(np.float64))[0]
         aside = np.random.default_rng(self.seed).normal(size=len(basis))

@@ -96,9 +96,7 @@ def _stand_in(names: list[str], width: int) -> Float32[np.ndarray, "L C"]:
     axes = 1 + len(_CONCEPTS)
     for row, name in zip(rows, names, strict=True):
         words = name.replace("-", " ").split() or [name]
-        concepts = np.array(
-            [any(_is_form(word, known.split()) for word in words) for known in _CONCEPTS.values()]
-        )
+        concepts = np.array([any(_is_form(word, known.split()) for word in words) for known in _CONCEPTS.values()])
         own = sum(_direction(word, width - axes) for word in words)
         row[0] = np.sqrt(_SHARED)
         row[1:axes] = np.sqrt(_CONCEPT / max(concepts.sum(), 1)) * concepts
@@ -129,9 +127,7 @@ def _from_file(names: list[str], path: Path) -> Float32[np.ndarray, "L C"]:
     for name in names:
         if name not in index:
             near = difflib.get_close_matches(name, index, n=3, cutoff=0.0)
-            raise ValueError(
-                f"{path}: no embedding of {name!r}; the nearest names there are {', '.join(near)}"
-            )
+            raise ValueError(f"{path}: no embedding of {name!r}; the nearest names there are {', '.join(near)}")
     return rows[[index[name] for name in names]]
 
 
@@ -140,9 +136,7 @@ def _read(path: Path) -> tuple[list[str], Float32[np.ndarray, "n C"]]:
         with np.load(path, allow_pickle=False) as archive:
             missing = {"embedding", "names"} - set(archive.files)
             if missing:
-                raise ValueError(
-                    f"has no array {', '.join(sorted(missing))}; found {', '.join(archive.files)}"
-                )
+                raise ValueError(f"has no array {', '.join(sorted(missing))}; found {', '.join(archive.files)}")
             embedding, names = archive["embedding"], archive["names"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file of text embeddings") from None

@@ -16,29 +16,31 @@ def sparse_conv(
     transposed: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "M Cout"]:
-    """Sparse convolution `out[j] = sum over pairs (i, j, k) of features[i] @ weights[k]`, differentiable in both.
+    """Sparse convolution: `out[j]` is the sum over the map's pairs (i, j, k) of `features[i] @ weights[k]`.
+
+    Differentiable in features and weights. Sums are taken in at least float32.
 
     Args:
         features: one row per input voxel of the map (per output voxel if `transposed`).
         weights: one matrix per kernel offset, in MinkowskiEngine's order.
         kernel_map: pairs of input and output rows, from `voxel_grid`.
-        transposed: swap the map's inputs and outputs, from coarse to fine for a stride-2 map.
-        implementation: "reference" (slow, the definition), "xla" (any device), or None for the fastest.
+        transposed: exchange the map's sides; a stride-2 map then leads from coarse to fine.
+        implementation: "reference" (the definition, slow), "xla" (any device), or None for the fastest.
     Returns:
-        One row per output voxel of the map; voxels without a pair are zero. The dtype is that of `features`.
+        One row per output voxel of the map, of the features' dtype; zeros for a voxel without a pair.
     Raises:
         ValueError: shapes or dtypes that do not fit, naming both and the axis; an unknown implementation.
     """
-    side, num_in = ("output", kernel_map.num_out) if transposed else ("input", kernel_map.num_in)
-    if features.shape[0] != num_in:
+    side, rows = ("output", kernel_map.num_out) if transposed else ("input", kernel_map.num_in)
+    if features.shape[0] != rows:
         raise ValueError(
-            f"features {features.shape} and kernel_map with {num_in} {side} rows disagree on the number of voxels "
-            f"(axis 0 of features): {features.shape[0]} != {num_in}"
+            f"features {features.shape} and kernel_map with {rows} {side} rows disagree on the voxels "
+            f"(axis 0 of features): {features.shape[0]} != {rows}"
         )
     if weights.shape[0] != kernel_map.kernel_volume:
         raise ValueError(
-            f"weights {weights.shape} and kernel_map with {kernel_map.kernel_volume} offsets disagree on the kernel "
-            f"volume (axis 0 of weights): {weights.shape[0]} != {kernel_map.kernel_volume}"
+            f"weights {weights.shape} and kernel_map with {kernel_map.kernel_volume} offsets disagree on the "
+            f"kernel volume (axis 0 of weights): {weights.shape[0]} != {kernel_map.kernel_volume}"
         )
     if features.shape[1] != weights.shape[1]:
         raise ValueError(
@@ -46,8 +48,8 @@ def sparse_conv(
             f"(axis 1 of both): {features.shape[1]} != {weights.shape[1]}"
         )
     if features.dtype != weights.dtype:
-        raise ValueError(f"features are {features.dtype} but weights are {weights.dtype}: cast one of them")
+        raise ValueError(f"features are {features.dtype} and weights {weights.dtype}: cast one to the other")
     name = implementation or "xla"
     if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation {name!r}: expected one of {sorted(_IMPLEMENTATIONS)} or None")
+        raise ValueError(f"implementation {name!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or None")
     return _IMPLEMENTATIONS[name](features, weights, kernel_map, transposed)

@@ -1,8 +1,8 @@
 """Portable sparse convolution: gather, multiply, scatter-add, one tile of pairs at a time.
 
-The pairs of a kernel map are sorted by offset, so a tile is one small dense product. The loop runs over live tiles
-only: capacity that a cloud does not use costs nothing. The gradient in the features is the same loop with the map's
-two sides and the weights transposed; the gradient in the weights accumulates one outer product per tile.
+The pairs of a kernel map are sorted by offset, so a tile is one small dense product. The loop runs over the live
+tiles alone: capacity that a cloud does not use costs nothing. The gradient in the features is the same loop with
+the sides of the map exchanged and the weights transposed; the gradient in the weights adds one product per tile.
 """
 
 import functools
@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-IN_BOUNDS = "promise_in_bounds"  # kernel maps point at rows 0..n, and every array gets a row n
+IN_BOUNDS = "promise_in_bounds"  # kernel maps point at rows 0..n, and every array read or written here has a row n
 
 
 def sparse_conv(features, weights, kernel_map, transposed):
     """See `api.sparse_conv`."""
-    fields = (kernel_map.in_index, kernel_map.out_index, kernel_map.offset_index, kernel_map.num_tiles)
-    pairs = tuple(jnp.asarray(field) for field in fields)
-    num_out = kernel_map.num_out
+    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
     if transposed:
-        pairs = (pairs[1], pairs[0], *pairs[2:])
-        num_out = kernel_map.num_in
+        source, target, num_out = target, source, kernel_map.num_in
+    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
     return _conv(num_out, features, weights, pairs)
 
 
@@ -31,13 +29,14 @@ def _accumulator_dtype(x):
 
 def _gather_multiply_scatter(num_out, features, weights, pairs):
     source, target, offset, num_tiles = pairs
-    ragged = -features.shape[1] % 4 if features.shape[1] > 1 else 0
-    x = jnp.pad(features, ((0, 1), (0, ragged)))  # rows that fill vector registers: 3 colours cost 3 times what 4 do
-    weights = jnp.pad(weights, ((0, 0), (0, ragged), (0, 0)))
+    # Rows that fill vector registers: on a CPU, 3 channels cost up to 3 times what 4 do.
+    extra = -features.shape[1] % 4 if features.shape[1] > 1 else 0
+    x = jnp.pad(features, ((0, 1), (0, extra)))
+    w = jnp.pad(weights, ((0, 0), (0, extra), (0, 0)))
     dtype = _accumulator_dtype(features)
 
     def body(t, out):
-        y = jnp.dot(x.at[source[t]].get(mode=IN_BOUNDS), weights[offset[t]], preferred_element_type=dtype)
+        y = jnp.dot(x.at[source[t]].get(mode=IN_BOUNDS), w[offset[t]], preferred_element_type=dtype)
         return out.at[target[t]].add(y, mode=IN_BOUNDS)
 
     out = lax.fori_loop(0, num_tiles, body, jnp.zeros((num_out + 1, weights.shape[2]), dtype))
@@ -68,10 +67,8 @@ def _conv_forward(num_out, features, weights, pairs):
 
 def _conv_backward(num_out, residuals, grad_out):
     features, weights, pairs = residuals
-    source, target, offset, num_tiles = pairs
-    grad_in = _gather_multiply_scatter(
-        features.shape[0], grad_out, weights.swapaxes(1, 2), (target, source, offset, num_tiles)
-    )
+    source, target, *tiles = pairs
+    grad_in = _gather_multiply_scatter(features.shape[0], grad_out, weights.swapaxes(1, 2), (target, source, *tiles))
     return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0]), None
 
 
