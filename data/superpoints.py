@@ -79,8 +79,7 @@ def vccs(
 
     Returns:
         Superpoint of each point: 0, 1, .. in the order of PCL's labels and without gaps; -1 where none reached the
-        point's voxel (no seed in its connected piece, or no normal: see
-        `estimate_normals`).
+        point's voxel: no seed in its connected piece, or no normal (see `estimate_normals`).
 
     Raises:
         ValueError: empty cloud; shapes or lengths that disagree; a coordinate that is not finite; resolutions that

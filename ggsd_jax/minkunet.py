@@ -80,7 +80,7 @@ class SparseConv(nn.Module):
     def __call__(self, x: Float[Array, "N Cin"], kernel_map: KernelMap) -> Float[Array, "M Cout"]:
         shape = (kernel_map.kernel_volume, x.shape[-1], self.features)
         init = _TRANSPOSED_INIT if self.transposed else _CONV_INIT
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
+        kernel = jnp.asarray(self.param("kernel", init, shape, jnp.float32), self.dtype)
         return sparse_conv(x.astype(self.dtype), kernel, kernel_map, transposed=self.transposed)
 
 
@@ -174,7 +174,6 @@ class MinkUNet(nn.Module):
 
         `train` normalises with the batch's statistics and updates the running ones ("batch_stats").
         """
-
         masks = [pyramid.mask(level) for level in range(5)]
 
         def conv_norm_relu(x, conv, norm, width, kernel_map, level, transposed=False):

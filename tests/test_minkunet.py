@@ -161,8 +161,6 @@ def test_float64_network_reproduces_minkowski_engine(shared, case, mode):
 @pytest.mark.parametrize(
     ("case", "mode", "tolerance"),
     [
-        ("net_small_512", "eval", 2e-5),
-        ("net_small_768", "train", 1e-4),
         ("net_room20k_768", "eval", 2e-5),
         ("net_room20k_768", "train", 1e-4),
     ],
