@@ -13,8 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.batch_size = 2
-    config.stage1_epochs = 70
-    config.stage2_epochs = 30
+    config.stage1_epochs = 20
+    config.stage2_epochs = 8
     config.cpu_devices = 2  # replicas where there is no accelerator: a core each
     config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
     config.log_every = 20
@@ -27,13 +27,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.label_set = "synthetic"
     config.data.train_rooms = 120
     config.data.val_rooms = 16
-    config.data.voxel_size = 0.1  # metres
+    config.data.voxel_size = 0.11  # metres
     config.data.chunks = 1
     config.data.chunk_points = 40_000
     config.data.augment = True
     config.data.input_color = False
     config.data.loop = 1
-    config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
+    config.data.min_voxels = 5120  # per replica: smaller batches are padded up to this, and share one compiled step
     config.data.max_voxels = 100_000  # per replica: larger ones are cropped
     config.data.workers = 0
 

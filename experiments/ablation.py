@@ -5,8 +5,8 @@ ordinary work directory, so a killed table goes on where it was, and two tables 
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import matplotlib
@@ -52,10 +52,7 @@ def run_table(name: str, title: str, rows: list[tuple[str, str, float]]) -> None
 
 
 def _run(config_file: Path, folder: Path, row: str, seed: int) -> dict:
-    spec = importlib.util.spec_from_file_location("config", config_file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(config_file))["get_config"]()
     config.seed = seed
     config.eval.pictures = 0
     config.data.prepared = str(folder.parent / "data")
@@ -74,10 +71,10 @@ def _report(name: str, title: str, rows: list, results: dict, protocol: dict) ->
     lines = [
         f"# {title}",
         "",
-        f"{protocol['scenes']} validation scenes of the data set {protocol['dataset']!r}; teacher: {protocol['teacher']}; "
-        f"text: {protocol['text_encoder']}. {seeds} seeds of network and data order, on the same rooms. Every row is "
-        "trained for the same number of steps. The paper's column is ScanNet with LSeg, quoted: compare the order of "
-        "the rows, not the values.",
+        f"{protocol['scenes']} validation scenes of the data set {protocol['dataset']!r}; teacher: "
+        f"{protocol['teacher']}; text: {protocol['text_encoder']}. {seeds} seeds of network and data order, on the "
+        "same rooms. Every row is trained for the same number of steps. The paper's column is ScanNet with LSeg, "
+        "quoted: compare the order of the rows, not the values.",
         "",
         "| row | mIoU (mean ± standard deviation) | per seed | mAcc | paper, mIoU |",
         "| --- | --- | --- | --- | --- |",

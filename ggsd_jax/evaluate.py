@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Bool, Float, Float16, Int
+from jaxtyping import Float, Float16, Int
 from tqdm import tqdm
 
 from data import scene as scene_io
@@ -30,9 +30,19 @@ def half_scores(features: Float[np.ndarray, "N C"], class_text: Float[np.ndarray
     return (half[0] @ half[1].T).astype(np.float16)
 
 
-def normalized(features: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
-    """Rows divided by their norm + 1e-5 (OpenScene's ensemble)."""
-    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
+def ensemble_scores(
+    features: Float[np.ndarray, "N C"], fused: Float[np.ndarray, "N C"], class_text: Float[np.ndarray, "L C"]
+) -> Float16[np.ndarray, "N L"]:
+    """`half_scores` of the 3D or the 2D feature of each point, whichever is surer of its best class.
+
+    OpenScene's 2D-3D ensemble: features are normalised (norm + 1e-5) to compare their largest scores, 2D wins where
+    strictly greater, and the winner is scored as it is. A point without 2D feature has a zero row.
+    """
+    best = [
+        half_scores(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5), class_text).max(axis=1)
+        for rows in (features, fused)
+    ]
+    return half_scores(np.where((best[1] > best[0])[:, None], fused, features), class_text)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> dict:
@@ -89,13 +99,11 @@ def predict(
 ) -> dict[str, Int[np.ndarray, "N"]]:
     """Predicted class of each point by every row of `ROWS` (`metrics.UNKNOWN` = no 2D feature)."""
     count = scene.points.shape[0]
-    seen: Bool[np.ndarray, N] = np.zeros(count, bool)
+    seen = np.zeros(count, bool)
     fused = np.zeros((count, class_text.shape[1]), np.float32)
     if scene.features is not None:
         seen[scene.feature_index] = True
         fused[scene.feature_index] = scene.features
-    fused_scores = half_scores(fused, class_text)
-    fused_best = half_scores(normalized(fused), class_text).max(axis=1)
     totals = {row: np.zeros((count, len(class_text)), np.float16) for row in (*networks, "ensemble")}
     for repeat in range(config.eval.repeats):
         rng = np.random.default_rng([config.seed, index, repeat])
@@ -103,14 +111,12 @@ def predict(
         coords = np.pad(voxels.coords, ((0, 0), (1, 0)))
         feats = inference.input_features(voxels, scene.colors, config.data.input_color)
         for row, variables in networks.items():
-            features = inference.encode_voxels(variables, coords, feats, arch=config.model.arch)
-            point_scores = half_scores(features, class_text)[voxels.inverse]
-            totals[row] += point_scores
+            features = inference.encode_voxels(variables, coords, feats, arch=config.model.arch)[voxels.inverse]
+            totals[row] += half_scores(features, class_text)
             if row == "stage2":
-                best = half_scores(normalized(features), class_text).max(axis=1)[voxels.inverse]
-                totals["ensemble"] += np.where((fused_best > best)[:, None], fused_scores, point_scores)
+                totals["ensemble"] += ensemble_scores(features, fused, class_text)
     predictions = {row: total.argmax(axis=1) for row, total in totals.items()}
-    return {"fusion_2d": np.where(seen, fused_scores.argmax(axis=1), metrics.UNKNOWN)} | predictions
+    return {"fusion_2d": np.where(seen, half_scores(fused, class_text).argmax(axis=1), metrics.UNKNOWN)} | predictions
 
 
 def picture(scene: Scene, predictions: dict, labels: LabelSet, directory: Path) -> None:

@@ -29,11 +29,11 @@ def vote(
     return jnp.where(superpoints >= 0, majority[superpoints], labels)
 
 
-def update_teacher(teacher: PyTree, student: PyTree, updates: Int[Array, ""], momentum: float) -> PyTree:
+def update_teacher(teacher: PyTree, student: PyTree, step: Int[Array, ""], momentum: float) -> PyTree:
     """One exponential-moving-average step of parameters and batch-norm statistics.
 
-    The momentum is warmed up as min(momentum, (1 + updates) / (10 + updates)), so that a young teacher follows
-    the student closely; `updates` counts the steps of stage 2 before this one.
+    The momentum is warmed up as min(momentum, (1 + step) / (10 + step)): early on the teacher is the mean of few
+    networks rather than of the random first one.
     """
-    warm = (1.0 + updates) / (10.0 + updates)
+    warm = (1.0 + step) / (10.0 + step)
     return optax.incremental_update(student, teacher, 1.0 - jnp.minimum(momentum, warm))

@@ -37,7 +37,7 @@ class TrainState:
     step: Int[Array, "*R"]
     params: PyTree
     batch_stats: PyTree
-    teacher: PyTree  # {"params", "batch_stats"}: the EMA of stage 2, the initial network before
+    teacher: PyTree  # {"params", "batch_stats"}: the EMA of the network since the first step
     opt_state: PyTree
 
 
@@ -84,7 +84,6 @@ def train_step(
     model: MinkUNet,
     optimizer: optax.GradientTransformation,
     loss: ml_collections.ConfigDict,
-    stage1_steps: int,
     stage: int,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of one replica; sums, statistics and gradients are reduced over the axis "data".
@@ -142,9 +141,9 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     teacher = state.teacher
-    if stage == 2 and loss.label_source == "ema":
+    if stage == 1 or loss.label_source == "ema":
         student = {"params": params, "batch_stats": batch_stats}
-        teacher = update_teacher(teacher, student, state.step - stage1_steps, loss.ema_momentum)
+        teacher = update_teacher(teacher, student, state.step, loss.ema_momentum)
     terms["gradient_norm"] = optax.global_norm(grads)
     return TrainState(state.step + 1, params, batch_stats, teacher, opt_state), terms
 
@@ -153,7 +152,8 @@ def initial_state(
     model: MinkUNet, optimizer: optax.GradientTransformation, batch: input_pipeline.Batch, seed: int
 ) -> TrainState:
     """Freshly initialised parameters; `batch` (of one replica) only lends its shapes."""
-    variables = model.clone(axis_name=None).init(jax.random.key(seed), batch.feats, batch.pyramid, train=False)
+    init = jax.jit(functools.partial(model.clone(axis_name=None).init, train=False))
+    variables = init(jax.random.key(seed), batch.feats, batch.pyramid)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -161,6 +161,23 @@ def initial_state(
         teacher=jax.tree.map(jnp.copy, dict(variables)),
         opt_state=optimizer.init(variables["params"]),
     )
+
+
+def start_stage2(
+    state: TrainState, optimizer: optax.GradientTransformation, loss: ml_collections.ConfigDict
+) -> TrainState:
+    """What changes between the stages, on the replicated state.
+
+    Adam's moments start anew: Eq. 6 has gradients tens of times those of Eq. 4 (tau = 0.01), and divided by the old
+    second moments its first steps would be several times too long, which is enough to make the labels collapse.
+    The learning rate goes on. A fixed 3D teacher is the network as it is now.
+    """
+    fresh, schedule_state = optimizer.init(jax.tree.map(lambda x: x[0], state.params))[0], state.opt_state[1]
+    moments = jax_utils.replicate(fresh, jax.local_devices())
+    if loss.label_source == "fixed_3d":
+        student = {"params": state.params, "batch_stats": state.batch_stats}
+        state = state.replace(teacher=jax.tree.map(jnp.copy, student))
+    return state.replace(opt_state=(moments, schedule_state))
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> None:
@@ -213,9 +230,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
     compiled: set[tuple[int, int]] = set()
     steps = {
         stage: jax.pmap(
-            functools.partial(
-                train_step, model=model, optimizer=optimizer, loss=config.loss, stage1_steps=stage1_steps, stage=stage
-            ),
+            functools.partial(train_step, model=model, optimizer=optimizer, loss=config.loss, stage=stage),
             axis_name=AXIS,
             in_axes=(0, 0, None),
             donate_argnums=0,
@@ -233,7 +248,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
             bar.set_description("stage 2")
             student = {"params": state.params, "batch_stats": state.batch_stats}
             checkpoint.save_model(workdir / "stage1", jax.device_get(jax_utils.unreplicate(student)), info)
-            state = state.replace(teacher=jax.tree.map(jnp.copy, student))
+            state = start_stage2(state, optimizer, config.loss)
         waiting = time.monotonic()
         batch = first if step == start else next(batches)
         waited += time.monotonic() - waiting
@@ -242,7 +257,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
             compiled.add((stage, capacity))
             logging.info("compiling the step of stage %d for up to %d voxels per device", stage, capacity)
         state, terms = steps[stage](state, batch, class_text)
-        pending.append(jax.tree.map(lambda x: x[0], terms))
+        pending.append(terms)
         occupied = int(batch.pyramid.num_voxels[:, 0].sum())
         voxels += occupied
         bar.update()
@@ -282,12 +297,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
 
 
 def _finite(steps: list[dict], first_step: int) -> dict[str, float]:
-    """Means of the logged terms; raises at the first one that is not a number."""
+    """Means of the logged terms [R], equal on all replicas; raises at the first one that is not a number."""
     for offset, terms in enumerate(steps):
-        for name, value in terms.items():
-            if not math.isfinite(value):
+        for name, values in terms.items():
+            if not math.isfinite(values[0]):
                 raise NonFiniteError(
-                    f"step {first_step + offset + 1}: {name} is {value}; training stopped, the last checkpoint is "
+                    f"step {first_step + offset + 1}: {name} is {values[0]}; training stopped, the last checkpoint is "
                     "good. Try a lower optimizer.learning_rate, or look at this step's input features"
                 )
-    return {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}
+    return {name: float(np.mean([terms[name][0] for terms in steps])) for name in steps[0]}

@@ -1,9 +1,9 @@
 """A miniature run: trained, killed, resumed, evaluated, used; and one step on one device against four."""
 
 import functools
-import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,10 +37,7 @@ MINIATURE = {
 
 
 def miniature(**changes):
-    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "configs" / "synthetic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(ROOT / "configs" / "synthetic.py"))["get_config"]()
     config.update_from_flattened_dict(MINIATURE | changes)
     return config
 
@@ -155,7 +152,7 @@ def test_four_devices_take_the_step_of_one_on_the_same_scenes(batches, stage, ch
     results = {}
     for replicas, batch in by_replicas.items():
         state = initial_state(model, optimizer, jax.tree.map(lambda x: x[0], batch), seed=0)
-        step = functools.partial(train_step, model=model, optimizer=optimizer, loss=loss, stage1_steps=0, stage=stage)
+        step = functools.partial(train_step, model=model, optimizer=optimizer, loss=loss, stage=stage)
         devices = jax.local_devices()[:replicas]
         step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), devices=devices)
         state, terms = step(flax.jax_utils.replicate(state, devices), batch, class_text)

@@ -1,0 +1,59 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ggsd_jax import checkpoint
+
+
+def state(width: int = 4):
+    params = {"w": jnp.arange(width, dtype=jnp.float32)}
+    return {"step": jnp.int32(7), "params": params, "opt_state": optax.adam(1e-3).init(params)}
+
+
+def test_a_saved_state_comes_back_bit_for_bit(tmp_path):
+    manager = checkpoint.manager(tmp_path)
+    checkpoint.save(manager, 7, state())
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(manager, 7, state()), state())
+
+
+def test_the_newest_two_states_and_the_end_of_stage_1_are_kept(tmp_path):
+    manager = checkpoint.manager(tmp_path, keep=3)
+    for step in (1, 3, 5, 7, 9):
+        checkpoint.save(manager, step, state())
+    assert set(manager.all_steps()) == {3, 7, 9}
+    assert checkpoint.restore_end_of_stage1(tmp_path, 3, state())["step"] == 7
+
+
+def test_another_run_without_that_end_of_stage_1_is_refused(tmp_path):
+    checkpoint.save(checkpoint.manager(tmp_path, keep=3), 3, state())
+    with pytest.raises(FileNotFoundError, match=r"no state of step 4.*it has \[3\]"):
+        checkpoint.restore_end_of_stage1(tmp_path, 4, state())
+
+
+def test_a_state_of_another_network_is_refused(tmp_path):
+    manager = checkpoint.manager(tmp_path)
+    checkpoint.save(manager, 7, state())
+    with pytest.raises(ValueError, match="does not hold a state of this configuration"):
+        checkpoint.restore(manager, 7, state(width=5))
+
+
+def test_a_model_comes_back_with_its_info_and_replaces_the_one_before(tmp_path):
+    for value in (1, 2):
+        checkpoint.save_model(tmp_path / "model", {"params": {"w": np.full(3, value)}}, {"arch": value})
+    variables, info = checkpoint.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(variables["params"]["w"], [2, 2, 2])
+    assert info == {"arch": 2} and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_without_a_model_is_named_in_the_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_the_info_of_a_model_is_plain_json(tmp_path):
+    checkpoint.save_model(tmp_path / "model", {"w": np.zeros(1)}, {"classes": ["wall"]})
+    assert json.loads((tmp_path / "model" / "model.json").read_text()) == {"classes": ["wall"]}

@@ -1,0 +1,23 @@
+import numpy as np
+from PIL import Image
+
+from ggsd_jax.render import render, side_by_side
+
+
+def test_a_near_point_covers_a_far_one_and_the_ceiling_is_taken_off():
+    red, blue, green = np.eye(3, dtype=np.uint8) * 255
+    corners = np.array([[-1, -1, 0], [1, -1, 0], [-1, 1, 0], [1, 1, 0], [0, 0, 2.5]], np.float64)
+    column = np.stack([np.zeros(20), np.zeros(20), np.linspace(0, 1.9, 20)], 1)
+    points = np.concatenate([corners, column])
+    colors = np.concatenate([np.tile(blue, (4, 1)), green[None], np.tile(red, (20, 1))]).astype(np.uint8)
+    image = render(points, colors, elevation=np.pi / 2 - 1e-3)
+    seen = {tuple(pixel) for pixel in image.reshape(-1, 3)}
+    assert tuple(red) in seen and tuple(blue) in seen and tuple(green) not in seen
+
+
+def test_panels_stand_side_by_side_over_a_legend(tmp_path):
+    points = np.random.default_rng(0).random((500, 3))
+    panels = {name: np.full((500, 3), 120, np.uint8) for name in ("input", "ground_truth")}
+    side_by_side(tmp_path / "a.png", points, panels, {"wall": np.array([1, 2, 3], np.uint8)})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 2 * 480 and image.height > 420
