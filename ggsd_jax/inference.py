@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Float32, Int32, UInt8
 
 from ggsd_jax import checkpoint
-from ggsd_jax.losses import normalize
+from ggsd_jax.losses import MIN_NORM
 from ggsd_jax.minkunet import MinkUNet, architecture, from_shapes
 from ggsd_jax.vision_language import text
 from kernels.voxel_grid import Voxels, build_pyramid, voxelize
@@ -134,7 +134,9 @@ class Model:
         if not labels:
             raise ValueError("labels is empty: name at least one thing to look for")
         embedding = text.embed(labels, encoder=self.info["text_encoder"], prompt=self.info["prompt"])
-        scores = np.asarray(normalize(self.encode(points, colors))) @ embedding.T
+        features = self.encode(points, colors)
+        features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), MIN_NORM)
+        scores = features @ embedding.T
         return scores.argmax(axis=1).astype(np.int32), scores
 
 

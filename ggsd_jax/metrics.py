@@ -22,8 +22,6 @@ def confusion_matrix(
     Raises:
         ValueError: a prediction or a label outside these values, naming the first row.
     """
-    if pred.shape != gt.shape:
-        raise ValueError(f"pred has {pred.shape[0]} rows, gt has {gt.shape[0]}; one of each per point is needed")
     for name, values, extra in (("pred", pred, UNKNOWN), ("gt", gt, ignore)):
         bad = ((values < 0) | (values >= num_classes)) & (values != extra)
         if name == "pred":

@@ -15,8 +15,8 @@ def render(
     width: int = 480,
     height: int = 420,
     azimuth: float = 0.6,
-    elevation: float = 0.9,
-    open_above: float = 0.8,
+    elevation: float = 1.15,
+    open_above: float = 0.75,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws every point as a small square, nearer ones over farther ones.
 
