@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import jax_utils
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
 from ggsd_jax import checkpoint, input_pipeline, prepare
@@ -34,7 +35,7 @@ AXIS = "data"  # replicas: one per local device
 class TrainState:
     """Everything a run is made of: saved whole, restored whole."""
 
-    step: Int[Array, "*R"]
+    step: Any  # int32 []; every leaf has a leading axis of replicas while training
     params: PyTree
     batch_stats: PyTree
     teacher: PyTree  # {"params", "batch_stats"}: the EMA of the network since the first step
@@ -144,7 +145,7 @@ def train_step(
     if stage == 1 or loss.label_source == "ema":
         student = {"params": params, "batch_stats": batch_stats}
         teacher = update_teacher(teacher, student, state.step, loss.ema_momentum)
-    terms["gradient_norm"] = optax.global_norm(grads)
+    terms["gradient_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, batch_stats, teacher, opt_state), terms
 
 
