@@ -50,7 +50,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"
+    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.fragment_mistakes = 0.1
+    config.teacher.view_mistakes = 0.18
+    config.teacher.temperature = 0.25
+    config.teacher.fragment_size = 1.0  # metres
+    config.teacher.ambiguity = 0.15
+    config.teacher.bleeding = 0.01
+    config.teacher.lighting = 0.4
+    config.teacher.pixel_noise = 1.0
+    config.teacher.seed = 0
 
     config.text = ml_collections.ConfigDict()
     config.text.encoder = ""  # an .npz with the CLIP ViT-B/32 embedding of each class name

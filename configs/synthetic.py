@@ -39,15 +39,22 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.superpoints = ml_collections.ConfigDict()
     config.superpoints.voxel_resolution = 0.06  # 1.9 times the spacing of the points
-    config.superpoints.seed_resolution = (
-        0.25  # perfect votes reach 94 mIoU; at 0.5 they join small objects and reach 88
-    )
+    config.superpoints.seed_resolution = 0.25  # perfect votes: 94 mIoU; 0.5 joins small objects: 88
     config.superpoints.color_importance = 0.2
     config.superpoints.spatial_importance = 0.4
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"
+    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.fragment_mistakes = 0.1
+    config.teacher.view_mistakes = 0.18
+    config.teacher.temperature = 0.25
+    config.teacher.fragment_size = 1.0  # metres
+    config.teacher.ambiguity = 0.15
+    config.teacher.bleeding = 0.01
+    config.teacher.lighting = 0.4
+    config.teacher.pixel_noise = 1.0
+    config.teacher.seed = 0
 
     config.text = ml_collections.ConfigDict()
     config.text.encoder = "stand-in:64"
