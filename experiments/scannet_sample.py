@@ -26,8 +26,8 @@ VALIDATION = ("scene0005_00", "scene0010_00")  # never trained on
 OVERRIDES = {
     "batch_size": 2,
     "cpu_devices": 2,
-    "stage1_epochs": 60,
-    "stage2_epochs": 20,
+    "stage1_epochs": 40,
+    "stage2_epochs": 12,
     "data.voxel_size": 0.1,
     "data.chunks": 1,
     "data.chunk_points": 100_000,
@@ -37,6 +37,7 @@ OVERRIDES = {
     "model.width": 0.5,
     "optimizer.learning_rate": 4e-3,
     "loss.ema_momentum": 0.99,
+    "loss.self_weight": 0.1,
 }
 
 
