@@ -90,7 +90,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
 
 
 class _timed:
-    """Adds the seconds spent in a part of the run to `seconds.json`, over all its sittings."""
+    """Adds the seconds spent in a part of the run to `seconds.json`; a killed sitting leaves none."""
 
     def __init__(self, workdir: Path, part: str):
         self.path, self.part = workdir / "seconds.json", part
