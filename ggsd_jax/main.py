@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ggsd_jax import run
+from ggsd_jax.train import NonFiniteError
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, one of configs/*.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for everything this run writes; give it again to go on.")
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     run.use_cpu_devices(FLAGS.config)
     try:
         run.run(FLAGS.config, Path(FLAGS.workdir), FLAGS.mode)
-    except (ValueError, FileNotFoundError, run.NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
         logging.debug("details", exc_info=True)
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 

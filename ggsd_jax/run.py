@@ -9,10 +9,8 @@ import jax
 import ml_collections
 from absl import logging
 
+from data.ply import replacing
 from ggsd_jax import evaluate, prepare, train
-from ggsd_jax.train import NonFiniteError
-
-__all__ = ["MODES", "NonFiniteError", "run"]
 
 MODES = ["all", "prepare", "train", "eval"]
 
@@ -56,16 +54,18 @@ def use_cpu_devices(config: ml_collections.ConfigDict) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes `config.json`, or makes sure that the one there says the same."""
+    """Writes `config.json`, or makes sure that the one there says the same once training has begun under it.
+
+    Until then a mistyped field can be mended; prepared data watches over its own settings.
+    """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
-    if not path.exists():
+    if not (path.exists() and (workdir / "checkpoints").exists()):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
         return
