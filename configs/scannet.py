@@ -38,7 +38,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.input_color = False
     config.data.loop = 5  # visits of a scene in one epoch
     config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
-    config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
     config.data.max_voxels = 1_500_000  # per replica: larger ones are cropped
     config.data.workers = 0
 
