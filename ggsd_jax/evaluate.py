@@ -45,8 +45,8 @@ def ensemble_scores(
     return half_scores(np.where((best[1] > best[0])[:, None], fused, features), class_text)
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> dict:
-    """Scores the run in `workdir` on its validation scenes by OpenScene's protocol; writes `pictures/`.
+def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, split: str = "val") -> dict:
+    """Scores the run in `workdir` on the scenes of a split by OpenScene's protocol; writes `pictures/`.
 
     The 3D network sees points only. Each scene is voxelised `eval.repeats` times with a random rotation and scale,
     the half-precision scores of the repeats are added up per point. Ignored points are left out; points without a
@@ -56,7 +56,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -
     class_text = text.embed(list(labels.classes), encoder=config.text.encoder, prompt=config.text.prompt)
     folders = {"stage1": "stage1", "stage2": "model"}
     networks = {row: checkpoint.load_model(workdir / folder)[0] for row, folder in folders.items()}
-    scenes = prepare.load_split(data_dir, "val")
+    scenes = prepare.load_split(data_dir, split)
     counts = {row: 0 for row in ROWS}
     points = 0
     for index in tqdm(range(len(scenes)), unit="scene", desc="evaluate", dynamic_ncols=True):
@@ -74,7 +74,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -
         rows[row] = {"miou": scores["miou"], "macc": scores["macc"]} | by_class
     return {
         "dataset": config.data.name,
-        "split": "val",
+        "split": split,
         "protocol": {
             "scenes": len(scenes),
             "points": points,
