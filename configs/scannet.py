@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "scannet"
     config.data.root = ""
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
+    config.data.lists = ""  # folder of the two lists; default: data.root
     config.data.label_set = "scannet20"
     config.data.voxel_size = 0.02  # metres
     config.data.chunks = 5
@@ -40,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
     config.data.max_voxels = 1_500_000  # per replica: larger ones are cropped
     config.data.workers = 0
+    config.data.prepare_workers = 4  # processes that read scenes and cut superpoints; 0: in the main one
 
     config.superpoints = ml_collections.ConfigDict()
     config.superpoints.voxel_resolution = 0.05  # 2 cm voxels fall apart on ScanNet's vertices, 2.9 cm apart

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float64, Int32
 from PIL import Image
 
-from data.labels import NYU40_TO_SCANNET20
+from data.labels import IGNORE, NYU40_TO_SCANNET20
 from data.projection import adjust_intrinsics
 from data.scene import Scene, View, read_ply, read_ply_columns, resize_nearest
 
@@ -28,16 +28,20 @@ FEATURE_SIZE = (320, 240)  # (w, h) on which OpenScene computes 2D features and 
 DEPTH_TOLERANCE = 0.25  # relative, as OpenScene
 BORDER = 10  # pixels, as OpenScene
 
+LABEL_TABLES = {"scannet20": NYU40_TO_SCANNET20, "nyu40": np.array([IGNORE, *range(40)], np.int32)}
+"""int32 [41] by label set: NYU40 id 0..40, 0 = not annotated, to the class of the set."""
 
-def read_scene(folder: str | os.PathLike) -> Scene:
-    """Points and colours of a scene's mesh and, where its label file is there, the 20 benchmark classes.
+
+def read_scene(folder: str | os.PathLike, label_set: str = "scannet20") -> Scene:
+    """Points and colours of a scene's mesh and, where its label file is there, the classes of its vertices.
 
     Args:
       folder: the scene's folder, named like the scene.
+      label_set: "scannet20", the benchmark, or "nyu40".
 
     Returns:
-      points in the frame of the mesh (z up, not axis-aligned); labels 0..19 and 255 for everything else, or
-      None for the test scenes, which come without a label file.
+      points in the frame of the mesh (z up, not axis-aligned); labels of the label set and 255 for everything
+      else, or None for the test scenes, which come without a label file.
 
     Raises:
       FileNotFoundError: there is no mesh.
@@ -51,7 +55,7 @@ def read_scene(folder: str | os.PathLike) -> Scene:
     labels_path = folder / f"{folder.name}_vh_clean_2.labels.ply"
     if not labels_path.is_file():
         return scene
-    labels = read_labels(labels_path)
+    labels = read_labels(labels_path, label_set)
     if len(labels) != len(scene.points):
         raise ValueError(
             f"{labels_path}: {len(labels)} labels for the {len(scene.points)} vertices of {mesh.name}; "
@@ -60,8 +64,8 @@ def read_scene(folder: str | os.PathLike) -> Scene:
     return replace(scene, labels=labels)
 
 
-def read_labels(path: str | os.PathLike) -> Int32[np.ndarray, " N"]:
-    """The 20 benchmark classes, 255 = none of them, of the vertices of a `.labels.ply` file of ScanNet v2.
+def read_labels(path: str | os.PathLike, label_set: str = "scannet20") -> Int32[np.ndarray, " N"]:
+    """The classes of a label set, 255 = none of them, of the vertices of a `.labels.ply` file of ScanNet v2.
 
     The file of the same name in ScanNet v1 holds ids of raw categories, not of NYU40, and would be read as
     other classes; it is told by ids above 40.
@@ -80,7 +84,7 @@ def read_labels(path: str | os.PathLike) -> Int32[np.ndarray, " N"]:
             f"{path}: label row {bad[0]} is {nyu40[bad[0]]}, expected NYU40 ids 0..40; ScanNet v1 has raw "
             "category ids here: download the v2 file"
         )
-    return NYU40_TO_SCANNET20[nyu40.astype(np.int64)]
+    return LABEL_TABLES[label_set][nyu40.astype(np.int64)]
 
 
 class Frames(Sequence):

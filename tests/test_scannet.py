@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data import scannet
-from data.labels import NYU40_TO_SCANNET20
+from data.labels import LABEL_SETS, NYU40_TO_SCANNET20
 from data.scene import read_ply_columns, write_ply
 
 N = 7
@@ -41,6 +41,10 @@ def test_a_scene_has_the_mesh_and_the_benchmark_classes(folder):
     scene = scannet.read_scene(folder)
     assert scene.name == "scene0007_01" and scene.points.shape == scene.colors.shape == (N, 3)
     assert scene.labels.tolist() == [255, 0, 19, 255, 12, 1, 255]
+
+
+def test_a_scene_can_be_read_with_all_nyu40_classes(folder):
+    assert scannet.read_scene(folder, "nyu40").labels.tolist() == [255, 0, 38, 39, 13, 1, 12]
 
 
 def test_a_test_scene_without_label_file_has_no_labels(folder):
@@ -162,6 +166,10 @@ def test_the_real_scene_has_its_published_classes(shared):
     np.testing.assert_array_equal(scene.labels, NYU40_TO_SCANNET20[nyu40])
     assert (len(scene.points), (scene.labels == 0).sum(), (scene.labels == 12).sum()) == (81369, 13899, 1897)
     np.testing.assert_allclose((scene.labels != 255).mean(), 0.731, atol=5e-4)
+    all_labels = scannet.read_scene(folder, "nyu40").labels
+    counts = {name: int((all_labels == i).sum()) for i, name in enumerate(LABEL_SETS["nyu40"].classes)}
+    assert (counts["otherprop"], counts["ceiling"], counts["mirror"]) == (7330, 2509, 151)
+    assert (all_labels == 255).sum() == 4357
 
 
 def test_the_real_v1_label_file_is_refused_not_mistaken(shared, tmp_path):

@@ -1,0 +1,184 @@
+"""The raw scenes of every data set that `data.name` can name, and the host's share of preparing them.
+
+Nothing here needs JAX: scenes are read and cut into superpoints in worker processes.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+from absl import logging
+
+from data import nuscenes, scannet
+from data.scene import Scene, View
+from data.superpoints import vccs
+from data.synthetic import generate_room, room_seeds
+from data.virtual_camera import look_around_views
+
+
+class RawScene(NamedTuple):
+    """A scene before it has superpoints and 2D features, and the views its features come from.
+
+    border and tolerance are those of `data.projection.project`; only the first `num_supervised` points may get
+    a feature (None: all).
+    """
+
+    scene: Scene
+    views: Iterable[View]
+    border: int
+    tolerance: float = 0.25
+    num_supervised: int | None = None
+
+
+class LeftOut(Exception):
+    """A scene that the rules of its data set leave out; the message says why."""
+
+
+Readers = dict[str, Callable[[], RawScene]]
+"""By the name of each scene the function that reads it; it can be sent to another process."""
+
+
+def cut_superpoints(read: Callable[[], RawScene], settings: dict) -> RawScene | LeftOut:
+    """What `read` gives, with the VCCS superpoints of these settings; LeftOut is returned, not raised."""
+    try:
+        raw = read()
+    except LeftOut as reason:
+        return reason
+    scene = raw.scene
+    superpoints = vccs(scene.points, scene.colors, scene.normals, **settings)
+    return raw._replace(scene=dataclasses.replace(scene, superpoints=superpoints))
+
+
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """function(item) for each item in order, made ahead of time by `workers` processes; 0: in this one."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # JAX's threads do not survive a fork
+    try:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------- the data sets
+
+
+def synthetic(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """Generated rooms, `data.train_rooms` and `data.val_rooms` of them."""
+
+    def rooms(split: str) -> Readers:
+        count = config.data[f"{split}_rooms"]
+        if count < 1:
+            raise ValueError(f"data.{split}_rooms is {count}, expected at least 1")
+        return {f"room {seed}": functools.partial(read_room, seed) for seed in room_seeds(split, count)}
+
+    return {split: rooms(split) for split in ("train", "val")}
+
+
+def read_room(seed: int) -> RawScene:
+    return RawScene(*generate_room(seed), border=0)
+
+
+def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """Scenes that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt`.
+
+    A scene is a folder `scans/<scene>` with mesh, labels and frames, or a neutral `<scene>.npz`, which
+    simulated cameras look at.
+    """
+    _expect_label_set(config, *scannet.LABEL_TABLES)
+    root = Path(config.data.root)
+
+    def scans(split: str) -> Readers:
+        listed = _read_list(config, f"scannetv2_{split}.txt")
+        found = {}
+        for name in listed:
+            if (root / "scans" / name).is_dir():
+                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set)
+            elif (root / f"{name}.npz").is_file():
+                found[name] = functools.partial(_read_npz, root / f"{name}.npz")
+        return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
+
+    return {split: scans(split) for split in ("train", "val")}
+
+
+def _read_scan(folder: Path, label_set: str) -> RawScene:
+    return RawScene(scannet.read_scene(folder, label_set), scannet.read_views(folder), border=scannet.BORDER)
+
+
+def _read_npz(path: Path) -> RawScene:
+    scene = Scene.load_npz(path)
+    try:
+        views = look_around_views(scene.points, seed=zlib.crc32(scene.name.encode()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return RawScene(scene, views, border=0)
+
+
+def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with `data.sweeps` sweeps each."""
+    _expect_label_set(config, "nuscenes16")
+
+    def keyframes(split: str) -> Readers:
+        scenes = _read_list(config, f"{split}.txt")
+        found = nuscenes.read_keyframes(config.data.root, config.data.version, scenes, config.data.sweeps)
+        return {keyframe.token: functools.partial(_read_keyframe, keyframe) for keyframe in found}
+
+    return {split: keyframes(split) for split in ("train", "val")}
+
+
+def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:
+    scene, own = nuscenes.read_scene(keyframe)
+    return RawScene(scene, nuscenes.read_views(keyframe), border=nuscenes.BORDER, num_supervised=own)
+
+
+# ------------------------------------------------------------------------------------------- what they share
+
+
+def _expect_label_set(config: ml_collections.ConfigDict, *known: str) -> None:
+    if config.data.label_set not in known:
+        expected = " or ".join(repr(name) for name in known)
+        raise ValueError(f"data.label_set is {config.data.label_set!r}: {config.data.name} is read with {expected}")
+
+
+def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
+    """The names in a list file, one per line, in `data.lists`, or in `data.root` where that is empty."""
+    path = Path(config.data.lists or config.data.root) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; point data.lists at the folder with the lists of the data set")
+    names = path.read_text().split()
+    if not names:
+        raise ValueError(f"{path}: lists no scene; expected a name per line")
+    return names
+
+
+def _some(found: Readers, listed: list[str], source: str, places: str) -> Readers:
+    """`found`, if anything is; how much is logged."""
+    if not found:
+        raise ValueError(
+            f"none of the {len(listed)} scenes of {source} is there, looked for {places}: download some, or "
+            "point data.root at them"
+        )
+    logging.info("%d of %d listed scenes found (%s)", len(found), len(listed), source)
+    return found
+
+
+DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] = {
+    "synthetic": synthetic,
+    "scannet": scannet_scans,
+    "nuscenes": nuscenes_keyframes,
+}
+"""By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""
