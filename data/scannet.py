@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64, Int32
-from PIL import Image
+from jaxtyping import Int32
 
+from data.frames import read_depth, read_pose
 from data.labels import IGNORE, NYU40_TO_SCANNET20
 from data.projection import adjust_intrinsics
 from data.scene import Scene, View, read_ply, read_ply_columns, resize_nearest
@@ -97,7 +97,7 @@ class Frames(Sequence):
     def __init__(self, folder: Path, size: tuple[int, int], numbers: list[int]):
         self._folder, self._size = folder, size
         self._intrinsics = adjust_intrinsics(DEPTH_INTRINSICS, DEPTH_SIZE, size)
-        poses = {number: _read_pose(folder / "pose" / f"{number}.txt") for number in numbers}
+        poses = {number: read_pose(folder / "pose" / f"{number}.txt") for number in numbers}
         self._poses = {number: pose for number, pose in poses.items() if np.isfinite(pose).all()}
         self._numbers = list(self._poses)
         self.skipped = tuple(number for number in numbers if number not in self._poses)
@@ -112,7 +112,7 @@ class Frames(Sequence):
             pose=self._poses[number],
             intrinsics=self._intrinsics,
             size=self._size,
-            depth=resize_nearest(_read_depth(self._folder / "depth" / f"{number}.png"), self._size),
+            depth=resize_nearest(read_depth(self._folder / "depth" / f"{number}.png", 1000.0, DEPTH_SIZE), self._size),
             image=self._folder / "color" / f"{number}.jpg",
         )
 
@@ -155,24 +155,3 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
 
 def _numbers(folder: Path, suffix: str) -> set[int]:
     return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}
-
-
-def _read_pose(path: Path) -> Float64[np.ndarray, "4 4"]:
-    try:
-        return np.array(path.read_text().split(), dtype=np.float64).reshape(4, 4)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None
-
-
-def _read_depth(path: Path) -> np.ndarray:
-    """float32 [h, w] metres."""
-    try:
-        with Image.open(path) as image:
-            millimetres = np.asarray(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a PNG image ({error}); export the frame again") from error
-    if millimetres.ndim != 2 or millimetres.dtype.itemsize < 2:
-        raise ValueError(f"{path}: expected 16-bit depth in millimetres, got {millimetres.dtype} {millimetres.shape}")
-    return (millimetres / 1000).astype(np.float32)

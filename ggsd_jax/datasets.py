@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
+import numpy as np
 from absl import logging
 
-from data import nuscenes, scannet
+from data import matterport, nuscenes, scannet
 from data.scene import Scene, View
 from data.superpoints import vccs
 from data.synthetic import generate_room, room_seeds
@@ -110,6 +111,7 @@ def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
                 found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set)
             elif (root / f"{name}.npz").is_file():
                 found[name] = functools.partial(_read_npz, root / f"{name}.npz")
+        logging.info("%d of %d listed scenes found (scannetv2_%s.txt)", len(found), len(listed), split)
         return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
 
     return {split: scans(split) for split in ("train", "val")}
@@ -126,6 +128,42 @@ def _read_npz(path: Path) -> RawScene:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return RawScene(scene, views, border=0)
+
+
+def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The regions of the buildings listed in `scenes_train.txt`, and in `scenes_test.txt` for "val".
+
+    OpenScene scores the test buildings. Beside the lists lies `category_mapping.tsv`.
+    """
+    _expect_label_set(config, *matterport.LABEL_SET_NAMES)
+    root = Path(config.data.root)
+    table = Path(config.data.lists or config.data.root) / "category_mapping.tsv"
+    class_of_category = matterport.read_categories(table, config.data.label_set)
+
+    def regions(list_name: str, nearest: int) -> Readers:
+        listed = _read_list(config, list_name)
+        found = {
+            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest)
+            for building in listed
+            for mesh in sorted((root / building / "region_segmentations").glob("region*.ply"))
+        }
+        present = sum((root / building).is_dir() for building in listed)
+        logging.info("%d regions in %d of %d listed buildings (%s)", len(found), present, len(listed), list_name)
+        return _some(found, listed, list_name, f"{root}/<building>/region_segmentations/")
+
+    return {"train": regions("scenes_train.txt", 0), "val": regions("scenes_test.txt", matterport.NEAREST)}
+
+
+def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int) -> RawScene:
+    scene = matterport.read_region(mesh, class_of_category)
+    cameras = _cameras_of_building(mesh.parent.parent)
+    chosen = matterport.cameras_of_region(cameras, scene.points, nearest)
+    if not chosen:
+        raise LeftOut("no camera stands in it")
+    return RawScene(scene, matterport.read_views(chosen), matterport.BORDER, matterport.DEPTH_TOLERANCE)
+
+
+_cameras_of_building = functools.lru_cache(maxsize=2)(matterport.read_cameras)
 
 
 def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
@@ -166,19 +204,19 @@ def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
 
 
 def _some(found: Readers, listed: list[str], source: str, places: str) -> Readers:
-    """`found`, if anything is; how much is logged."""
+    """`found`, if anything is."""
     if not found:
         raise ValueError(
             f"none of the {len(listed)} scenes of {source} is there, looked for {places}: download some, or "
             "point data.root at them"
         )
-    logging.info("%d of %d listed scenes found (%s)", len(found), len(listed), source)
     return found
 
 
 DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] = {
     "synthetic": synthetic,
     "scannet": scannet_scans,
+    "matterport": matterport_regions,
     "nuscenes": nuscenes_keyframes,
 }
 """By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""

@@ -149,13 +149,16 @@ def test_a_pose_file_that_is_no_matrix_is_named(folder, text):
         scannet.read_views(folder)
 
 
-def test_depth_that_is_cut_off_or_of_8_bit_is_refused(folder):
+def test_depth_that_is_cut_off_of_8_bit_or_resized_is_refused(folder):
     path = folder / "depth/0.png"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="0.png: truncated or not a PNG"):
         scannet.read_views(folder)[0]
     Image.fromarray(np.zeros((480, 640), np.uint8)).save(path)
-    with pytest.raises(ValueError, match="0.png: expected 16-bit depth in millimetres, got uint8"):
+    with pytest.raises(ValueError, match="0.png: expected 16-bit depth, 1000 units to the metre, got uint8"):
+        scannet.read_views(folder)[0]
+    Image.fromarray(np.zeros((240, 320), np.uint16)).save(path)
+    with pytest.raises(ValueError, match="0.png: 320 x 240 pixels, expected the camera's 640 x 480"):
         scannet.read_views(folder)[0]
 
 
