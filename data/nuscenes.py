@@ -88,6 +88,7 @@ class Keyframe(NamedTuple):
     """What belongs to one annotated moment; sweeps[0] is its own, the others are ever older."""
 
     token: str
+    scene: str  # name of the driving scene
     sweeps: tuple[Sweep, ...]
     cameras: tuple[Camera, ...]
     labels: Path | None
@@ -119,7 +120,7 @@ def read_keyframes(
         raise ValueError(f"sweeps is {sweeps}, expected at least 1, the keyframe's own")
     samples = _read_samples(tables, scenes)
     mounts = _read_mounts(tables)
-    records = _read_records(tables, set(samples), sweeps, mounts)
+    records = _read_records(tables, samples.keys(), sweeps, mounts)
     needed = {record["ego_pose_token"] for record in records.values()}
     rows = _read_table(tables, "ego_pose", _fields("token", "translation", "rotation", only=needed))
     car_poses = {row["token"]: _matrix(row) for row in rows}
@@ -136,7 +137,7 @@ def read_keyframes(
         if record["is_key_frame"]
     }
     keyframes = []
-    for sample in samples:
+    for sample, scene in samples.items():
         missing = [channel for channel in ("LIDAR_TOP", *CAMERAS) if (sample, channel) not in own]
         if missing:
             raise ValueError(f"{tables}/sample_data.json: keyframe {sample} has no {', '.join(missing)}")
@@ -152,20 +153,20 @@ def read_keyframes(
             intrinsics = mounts[record["calibrated_sensor_token"]].intrinsics
             file, size = root / record["filename"], (record["width"], record["height"])
             cameras.append(Camera(channel, file, to_keyframe @ to_world(record), intrinsics, size))
-        keyframes.append(Keyframe(sample, tuple(turns), tuple(cameras), labels.get(lidar["token"])))
+        keyframes.append(Keyframe(sample, scene, tuple(turns), tuple(cameras), labels.get(lidar["token"])))
     return keyframes
 
 
-def _read_samples(tables: Path, scenes: Collection[str] | None) -> list[str]:
-    """Tokens of the keyframes of the named driving scenes."""
+def _read_samples(tables: Path, scenes: Collection[str] | None) -> dict[str, str]:
+    """The driving scene's name by the token of each keyframe of the named ones."""
     token_of = {row["name"]: row["token"] for row in _read_table(tables, "scene", _fields("token", "name"))}
     for name in scenes or ():
         if name not in token_of:
             near = difflib.get_close_matches(name, token_of, n=1, cutoff=0)
             raise ValueError(f"{tables}/scene.json: no scene {name!r}, nearest there: {near}; is this the version?")
-    wanted = set(token_of.values() if scenes is None else (token_of[name] for name in scenes))
+    name_of = {token_of[name]: name for name in (token_of if scenes is None else scenes)}
     samples = _read_table(tables, "sample", _fields("token", "scene_token"))
-    return [sample["token"] for sample in samples if sample["scene_token"] in wanted]
+    return {row["token"]: name_of[row["scene_token"]] for row in samples if row["scene_token"] in name_of}
 
 
 class _Mount(NamedTuple):
@@ -186,7 +187,7 @@ def _read_mounts(tables: Path) -> dict[str, _Mount]:
     }
 
 
-def _read_records(tables: Path, samples: set[str], sweeps: int, mounts: dict[str, _Mount]) -> dict[str, dict]:
+def _read_records(tables: Path, samples: Collection[str], sweeps: int, mounts: dict[str, _Mount]) -> dict[str, dict]:
     """Rows of sample_data.json by token: the keyframes' lidar and cameras, and where asked for, all other sweeps."""
     keep = _fields(
         "token", "sample_token", "ego_pose_token", "calibrated_sensor_token",

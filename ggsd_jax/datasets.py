@@ -170,12 +170,14 @@ def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with `data.sweeps` sweeps each."""
     _expect_label_set(config, "nuscenes16")
 
-    def keyframes(split: str) -> Readers:
-        scenes = _read_list(config, f"{split}.txt")
-        found = nuscenes.read_keyframes(config.data.root, config.data.version, scenes, config.data.sweeps)
-        return {keyframe.token: functools.partial(_read_keyframe, keyframe) for keyframe in found}
-
-    return {split: keyframes(split) for split in ("train", "val")}
+    listed = {split: set(_read_list(config, f"{split}.txt")) for split in ("train", "val")}
+    keyframes = nuscenes.read_keyframes(
+        config.data.root, config.data.version, sorted(set.union(*listed.values())), config.data.sweeps
+    )
+    return {
+        split: {k.token: functools.partial(_read_keyframe, k) for k in keyframes if k.scene in scenes}
+        for split, scenes in listed.items()
+    }
 
 
 def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:

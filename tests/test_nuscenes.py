@@ -127,6 +127,7 @@ def release(tmp_path) -> Release:
 def test_older_sweeps_fall_on_the_keyframe_and_carry_no_labels(release):
     (keyframe,) = nuscenes.read_keyframes(release.root, VERSION, ["scene-0002"], sweeps=3)
     scene, own = nuscenes.read_scene(keyframe)
+    assert keyframe.scene == "scene-0002"
     assert (scene.name, own, len(scene.points), scene.colors) == ("sample2", 600, 1800, None)
     for older in (1, 2):
         np.testing.assert_allclose(scene.points[600 * older : 600 * (older + 1)], scene.points[:600], atol=1e-4)
