@@ -3,9 +3,12 @@
   python -m ggsd_jax.main --config=configs/scannet.py --workdir=out/scannet --config.data.root=/data/scannet \\
       --config.text.encoder=/data/clip_scannet20_vitb32_512.npz
 
-`data.root` holds `scannetv2_train.txt` and `scannetv2_val.txt` (scene names, one per line) and for each scene either
-`scans/<scene>/`, as ScanNet distributes it (mesh, labels, frames exported to color/ depth/ pose/), or `<scene>.npz`
-(`data.scene.Scene.save_npz`; views are then simulated). Scenes that are not there are left out and counted.
+`data.lists` (or `data.root`) holds `scannetv2_train.txt` and `scannetv2_val.txt`, scene names one per line (Tasks/
+Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene either
+`scans/<scene>/`, as ScanNet distributes it, or `<scene>.npz` (`data.scene.Scene.save_npz`; views are then simulated).
+Of each scene download the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply` and `.sens` (1.2 TB for all of them; every
+20th frame is used, and frames exported to color/ depth/ pose/ take the place of a stream). Scenes that are not there
+are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU classes instead of the 20.
 
 The paper trains on one A100 (80 GB) in about a day and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes with
 LSeg as the teacher. The teacher here is simulated from the labels of the scenes; real 2D networks are not part of
