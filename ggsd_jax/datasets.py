@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data import matterport, nuscenes, scannet
+from data import matterport, nuscenes, scannet, semantickitti
 from data.scene import Scene, View
 from data.superpoints import vccs
 from data.synthetic import generate_room, room_seeds
@@ -185,6 +185,23 @@ def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:
     return RawScene(scene, nuscenes.read_views(keyframe), border=nuscenes.BORDER, num_supervised=own)
 
 
+def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The scans of `sequences/00` to `10` that are there; 08 is "val"."""
+    _expect_label_set(config, "semantickitti19")
+    root = Path(config.data.root) / "sequences"
+
+    def scans(sequences: tuple[str, ...]) -> Readers:
+        paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("*.bin"))]
+        found = {f"{path.parent.parent.name}_{path.stem}": functools.partial(_read_lidar_scan, path) for path in paths}
+        return _some(found, list(sequences), "SemanticKITTI", f"{root}/<sequence>/velodyne/")
+
+    return {"train": scans(semantickitti.TRAIN), "val": scans(semantickitti.VAL)}
+
+
+def _read_lidar_scan(path: Path) -> RawScene:
+    return RawScene(semantickitti.read_scan(path), semantickitti.read_views(path), semantickitti.BORDER)
+
+
 # ------------------------------------------------------------------------------------------- what they share
 
 
@@ -220,5 +237,6 @@ DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] =
     "scannet": scannet_scans,
     "matterport": matterport_regions,
     "nuscenes": nuscenes_keyframes,
+    "semantickitti": semantickitti_scans,
 }
 """By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""
