@@ -11,6 +11,9 @@ of the 18 test buildings, as OpenScene does; regions of training without a camer
 
 `--config.data.label_set=matterport40` (80, 160) takes the most frequent names instead of the 21 classes.
 
+OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
+--config.data.root=/data/matterport_3d --config.data.features=/data/matterport_multiview_openseg`.
+
 The paper trains with batch size 8 on one A100 (80 GB) with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
 54.4 mAcc for K = 21; 22.8/31.6, 11.9/16.2, 6.3/9.6 for K = 40, 80, 160) are those of the network trained on ScanNet;
 it reports none for training here. The teacher here is simulated from the labels of the regions.
@@ -35,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.root = ""
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.lists = ""  # folder of the lists and the category table; default: data.root
+    config.data.features = ""  # with data.name=openscene, the folder of its fused features
     config.data.label_set = "matterport21"  # or matterport40, matterport80, matterport160
     config.data.voxel_size = 0.02  # metres
     config.data.chunks = 5

@@ -12,6 +12,9 @@ the 700 and 150). The mini release is read with `--config.data.version=v1.0-mini
 A scene here is a keyframe (28,130 for training, 6,019 for validation): its sweep, whose points have labels and 2D
 features, and older sweeps brought to its frame.
 
+OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
+--config.data.root=/data/nuscenes_3d --config.data.features=/data/nuscenes_multiview_openseg`.
+
 The paper trains on four A100 (80 GB) in about a day with OpenSeg as the teacher and reports 46.1 mIoU, 59.2 mAcc on
 the validation keyframes. The teacher here is simulated from the labels of the scenes.
 """
@@ -37,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.lists = ""  # folder of train.txt and val.txt; default: data.root
     config.data.sweeps = 8  # of 20 a second, the keyframe's among them: what OpenScene's clouds hold
+    config.data.features = ""  # with data.name=openscene, the folder of its fused features
     config.data.label_set = "nuscenes16"
     config.data.voxel_size = 0.05  # metres
     config.data.chunks = 1

@@ -10,6 +10,9 @@ Of each scene download the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply` and
 20th frame is used, and frames exported to color/ depth/ pose/ take the place of a stream). Scenes that are not there
 are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU classes instead of the 20.
 
+OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
+--config.data.root=/data/scannet_3d --config.data.features=/data/scannet_multiview_lseg`.
+
 The paper trains on one A100 (80 GB) in about a day and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes with
 LSeg as the teacher. The teacher here is simulated from the labels of the scenes; real 2D networks are not part of
 this version.
@@ -34,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.root = ""
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.lists = ""  # folder of the two lists; default: data.root
+    config.data.features = ""  # with data.name=openscene, the folder of its fused features
     config.data.label_set = "scannet20"
     config.data.voxel_size = 0.02  # metres
     config.data.chunks = 5

@@ -8,7 +8,7 @@ import functools
 import multiprocessing
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data import matterport, nuscenes, scannet, semantickitti
+from data import matterport, nuscenes, openscene, replica, scannet, semantickitti
 from data.scene import Scene, View
 from data.superpoints import vccs
 from data.synthetic import generate_room, room_seeds
@@ -28,7 +28,7 @@ class RawScene(NamedTuple):
     """A scene before it has superpoints and 2D features, and the views its features come from.
 
     border and tolerance are those of `data.projection.project`; only the first `num_supervised` points may get
-    a feature (None: all).
+    a feature (None: all).  A scene that comes with its features needs no views.
     """
 
     scene: Scene
@@ -202,6 +202,49 @@ def _read_lidar_scan(path: Path) -> RawScene:
     return RawScene(semantickitti.read_scan(path), semantickitti.read_views(path), semantickitti.BORDER)
 
 
+def replica_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The eight scenes of Replica, as far as they are there; without labels there is no "val"."""
+    root = config.data.root
+    found = {name: functools.partial(_read_replica, root, name) for name in replica.scenes(root)}
+    places = f"{root}/<scene>_mesh.ply or {root}/replica_3d/<scene>.pth"
+    return {"train": _some(found, list(replica.SCENES), "Replica", places)}
+
+
+def _read_replica(root: str, name: str) -> RawScene:
+    views = replica.read_views(root, name)
+    return RawScene(replica.read_scene(root, name), views, replica.BORDER, replica.DEPTH_TOLERANCE)
+
+
+def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of `data.features`.
+
+    As in OpenScene, a scene without a feature file is left out.
+    """
+    root, features = Path(config.data.root), Path(config.data.features)
+    if not config.data.features or not features.is_dir():
+        raise FileNotFoundError(
+            f"data.features is {config.data.features!r}: expected the folder with OpenScene's fused features, "
+            "e.g. scannet_multiview_lseg"
+        )
+
+    def scenes(split: str) -> Readers:
+        paths = sorted((root / split).glob("*.pth"))
+        found = {path.stem: functools.partial(_read_preprocessed, path, features) for path in paths}
+        return _some(found, paths, f"split '{split}'", f"{root}/{split}/*.pth")
+
+    return {"train": scenes("train"), "val": scenes("val" if (root / "val").is_dir() else "test")}
+
+
+def _read_preprocessed(path: Path, folder: Path) -> RawScene:
+    scene = openscene.read_scene(path)
+    try:
+        features, feature_index = openscene.read_features_of_scene(folder, scene.name, len(scene.points))
+    except FileNotFoundError as error:
+        raise LeftOut(str(error)) from error
+    scene = dataclasses.replace(scene, features=features, feature_index=feature_index)
+    return RawScene(scene, views=(), border=0)
+
+
 # ------------------------------------------------------------------------------------------- what they share
 
 
@@ -222,7 +265,7 @@ def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
     return names
 
 
-def _some(found: Readers, listed: list[str], source: str, places: str) -> Readers:
+def _some(found: Readers, listed: Sequence, source: str, places: str) -> Readers:
     """`found`, if anything is."""
     if not found:
         raise ValueError(
@@ -238,5 +281,7 @@ DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] =
     "matterport": matterport_regions,
     "nuscenes": nuscenes_keyframes,
     "semantickitti": semantickitti_scans,
+    "replica": replica_scenes,
+    "openscene": openscene_scenes,
 }
 """By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""

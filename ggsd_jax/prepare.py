@@ -219,7 +219,9 @@ def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
 
 
 def add_features(raw: RawScene, teacher: SimulatedTeacher) -> Scene:
-    """The scene with the mean over the views of the teacher's features."""
+    """The scene with the mean over the views of the teacher's features, or with those it came with."""
+    if raw.scene.features is not None:
+        return raw.scene
     points = raw.scene.points[: raw.num_supervised]
     try:
         features, feature_index = fuse(
@@ -306,6 +308,12 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                 if split == "val":
                     check_labels(raw.scene, len(label_set(config).classes))
                 scene = add_features(raw, self._teacher)
+                width = self.info.features["features"].shape[-1]
+                if scene.features.shape[1] != width:
+                    raise ValueError(
+                        f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
+                        f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
+                    )
                 scene.save_npz(files[name])
                 yield name, scene
 
