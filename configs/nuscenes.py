@@ -10,7 +10,8 @@ and `val.txt`, names such as scene-0061 one per line (`nuscenes.utils.splits` of
 the 700 and 150). The mini release is read with `--config.data.version=v1.0-mini` and lists of its ten scenes.
 
 A scene here is a keyframe (28,130 for training, 6,019 for validation): its sweep, whose points have labels and 2D
-features, and older sweeps brought to its frame.
+features, and older sweeps brought to its frame. About 20,000 of its points are in an image; with OpenSeg's 768 channels
+the prepared data takes 31 MB a keyframe, a terabyte in all, and twice that while it is prepared.
 
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
 --config.data.root=/data/nuscenes_3d --config.data.features=/data/nuscenes_multiview_openseg`.

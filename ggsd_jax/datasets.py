@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data import matterport, nuscenes, openscene, replica, scannet, semantickitti
+from data import folder, matterport, nuscenes, openscene, replica, scannet, semantickitti
 from data.scene import Scene, View
 from data.superpoints import vccs
 from data.synthetic import generate_room, room_seeds
@@ -123,11 +123,14 @@ def _read_scan(folder: Path, label_set: str) -> RawScene:
 
 def _read_npz(path: Path) -> RawScene:
     scene = Scene.load_npz(path)
+    return RawScene(scene, _look_around(path, scene), border=0)
+
+
+def _look_around(path: Path, scene: Scene) -> list[View]:
     try:
-        views = look_around_views(scene.points, seed=zlib.crc32(scene.name.encode()))
+        return look_around_views(scene.points, seed=zlib.crc32(scene.name.encode()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return RawScene(scene, views, border=0)
 
 
 def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
@@ -215,6 +218,41 @@ def _read_replica(root: str, name: str) -> RawScene:
     return RawScene(replica.read_scene(root, name), views, replica.BORDER, replica.DEPTH_TOLERANCE)
 
 
+def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The scenes of a folder of the user's own, laid out as `data.folder.LAYOUT` says.
+
+    Those listed in `val.txt`, if there is one, are "val" and must be labelled; all others are for training.
+    """
+    clouds = folder.find_scenes(config.data.root)
+    listed = set()
+    if (Path(config.data.lists or config.data.root) / "val.txt").is_file():
+        listed = set(_read_list(config, "val.txt"))
+    unknown = sorted(listed - clouds.keys())
+    if unknown:
+        raise ValueError(
+            f"val.txt lists {unknown[0]!r}, which is not in {config.data.root}; there: {', '.join(clouds)}"
+        )
+    readers = {
+        name: functools.partial(_read_own, name, path, config.data.scale, config.data.depth_units)
+        for name, path in clouds.items()
+    }
+    splits = {
+        "train": {name: read for name, read in readers.items() if name not in listed},
+        "val": {name: read for name, read in readers.items() if name in listed},
+    }
+    return {split: scenes for split, scenes in splits.items() if scenes}
+
+
+def _read_own(name: str, path: Path, scale: float, depth_units: float) -> RawScene:
+    scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
+    if scene.features is not None:
+        return RawScene(scene, views=(), border=0)
+    views = folder.read_views(path, scene, scale, depth_units)
+    if views is None and scene.labels is None:
+        raise LeftOut(f"it has neither images nor labels to simulate them from; expected:{folder.LAYOUT}")
+    return RawScene(scene, _look_around(path, scene) if views is None else views, border=0)
+
+
 def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of `data.features`.
 
@@ -282,6 +320,7 @@ DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] =
     "nuscenes": nuscenes_keyframes,
     "semantickitti": semantickitti_scans,
     "replica": replica_scenes,
+    "folder": folder_scenes,
     "openscene": openscene_scenes,
 }
 """By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""
