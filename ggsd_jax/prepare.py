@@ -218,6 +218,13 @@ def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
     return teacher_class(class_text, **rates)
 
 
+def teacher_name(config: ml_collections.ConfigDict) -> str:
+    """What made the 2D features, as results name it: a network, or the maker of ready-made features."""
+    if config.data.name == "openscene":
+        return f"ready-made features: {Path(config.data.features).name}"
+    return config.teacher.name
+
+
 def add_features(raw: RawScene, teacher: SimulatedTeacher) -> Scene:
     """The scene with the mean over the views of the teacher's features, or with those it came with."""
     if raw.scene.features is not None:

@@ -169,6 +169,7 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     assert val.name == "scene0000_02" and train.superpoints.max() > 3
     np.testing.assert_array_equal(np.flatnonzero(mask), val.feature_index)
     np.testing.assert_array_equal(feat, val.features)
+    assert prepare.teacher_name(config) == "ready-made features: scannet_multiview_lseg"
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert list(left_out) == ["scene0000_01_vh_clean_2"] and "missing" in left_out["scene0000_01_vh_clean_2"]
     config.text.encoder = "stand-in:48"
