@@ -183,8 +183,15 @@ class View:
     def pixels(self) -> UInt8[np.ndarray, "h w 3"]:
         """The image on the view's own pixel grid, resized by nearest neighbour as OpenScene does.
 
+        Raises what `full_pixels` raises.
+        """
+        return resize_nearest(self.full_pixels(), self.size)
+
+    def full_pixels(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image at its own resolution.
+
         Raises:
-          ValueError: the view has no image, its file is corrupt, or the image is not of the shape of the grid
+          ValueError: the view has no image, its file is damaged, or the image is not of the shape of the grid
             (up to 2 percent, as cameras crop): it is another camera's, or the size of the camera is wrong.
           FileNotFoundError: its file is gone.
         """
@@ -198,16 +205,16 @@ class View:
                 f"view '{self.name}': its image{file} has {image_width} x {image_height} pixels, the shape of the "
                 f"camera is {width} x {height}; is it the image of this camera?"
             )
-        return resize_nearest(image, self.size)
+        return image
 
     def _read_image(self) -> UInt8[np.ndarray, "H W 3"]:
         try:
             with Image.open(self.image) as file:
                 return np.asarray(file.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{self.image}: truncated or not an image ({error}); fetch it again") from error
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{self.image}: truncated or not an image ({error}); export the frame again") from error
 
 
 def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
