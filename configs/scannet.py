@@ -3,9 +3,15 @@
   python -m ggsd_jax.main --config=configs/scannet.py --workdir=out/scannet --config.data.root=/data/scannet \\
       --config.text.encoder=/data/clip_scannet20_vitb32_512.npz
 
-`data.root` holds `scannetv2_train.txt` and `scannetv2_val.txt` (scene names, one per line) and for each scene either
-`scans/<scene>/`, as ScanNet distributes it (mesh, labels, frames exported to color/ depth/ pose/), or `<scene>.npz`
-(`data.scene.Scene.save_npz`; views are then simulated). Scenes that are not there are left out and counted.
+`data.lists` (or `data.root`) holds `scannetv2_train.txt` and `scannetv2_val.txt`, scene names one per line (Tasks/
+Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene either
+`scans/<scene>/`, as ScanNet distributes it, or `<scene>.npz` (`data.scene.Scene.save_npz`; views are then simulated).
+Of each scene download the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply` and `.sens` (1.2 TB for all of them; every
+20th frame is used, and frames exported to color/ depth/ pose/ take the place of a stream). Scenes that are not there
+are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU classes instead of the 20.
+
+OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
+--config.data.root=/data/scannet_3d --config.data.features=/data/scannet_multiview_lseg`.
 
 The paper trains on one A100 (80 GB) in about a day and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes with
 LSeg as the teacher. The teacher here is simulated from the labels of the scenes; real 2D networks are not part of
@@ -30,6 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "scannet"
     config.data.root = ""
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
+    config.data.lists = ""  # folder of the two lists; default: data.root
+    config.data.features = ""  # with data.name=openscene, the folder of its fused features
     config.data.label_set = "scannet20"
     config.data.voxel_size = 0.02  # metres
     config.data.chunks = 5
@@ -40,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
     config.data.max_voxels = 1_500_000  # per replica: larger ones are cropped
     config.data.workers = 0
+    config.data.prepare_workers = 4  # processes that read scenes and cut superpoints; 0: in the main one
 
     config.superpoints = ml_collections.ConfigDict()
     config.superpoints.voxel_resolution = 0.05  # 2 cm voxels fall apart on ScanNet's vertices, 2.9 cm apart

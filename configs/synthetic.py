@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_voxels = 5120  # per replica: smaller batches are padded up to this, and share one compiled step
     config.data.max_voxels = 100_000  # per replica: larger ones are cropped
     config.data.workers = 0
+    config.data.prepare_workers = 0  # processes that make rooms and cut superpoints; 0: the main one does
 
     config.superpoints = ml_collections.ConfigDict()
     config.superpoints.voxel_resolution = 0.06  # 1.9 times the spacing of the points

@@ -1,7 +1,7 @@
 """Label sets: names of the classes, the colours they are drawn in, and tables from one set to another.
 
 Class lists, tables and palettes of the benchmarks are those OpenScene evaluates with (label/*.py,
-label/label_constants.py); NYU40 ids and colours are ScanNet's (BenchmarkScripts/util.py).
+label/label_constants.py); NYU40 ids and colours are ScanNet's (BenchmarkScripts/util.py), SemanticKITTI's its own.
 """
 
 import difflib
@@ -160,6 +160,18 @@ _NUSCENES43 = LabelSet(
     _NUSCENES16.palette[NUSCENES43_TO_NUSCENES16],
 )
 
+_SEMANTICKITTI19 = LabelSet(
+    "semantickitti19",
+    _names("""
+        car, bicycle, motorcycle, truck, other vehicle, person, bicyclist, motorcyclist, road, parking, sidewalk,
+        other ground, building, fence, vegetation, trunk, terrain, pole, traffic sign
+    """),
+    _palette("""
+        6496f5 64e6f5 1e3c96 501eb4 0000ff ff1e1e ff28c8 961e5a ff00ff ff96ff 4b004b af004b ffc800 ff7832 00af00
+        873c00 96f050 fff096 ff0000
+    """),
+)
+
 LABEL_SETS: dict[str, LabelSet] = _LabelSets(
     (label_set.name, label_set)
     for label_set in (
@@ -169,6 +181,7 @@ LABEL_SETS: dict[str, LabelSet] = _LabelSets(
         *(LabelSet(f"matterport{k}", _MATTERPORT160[:k], _MATTERPORT160_PALETTE[:k]) for k in (40, 80, 160)),
         _NUSCENES16,
         _NUSCENES43,
+        _SEMANTICKITTI19,
     )
 )
 """Label sets by name; an unknown name raises ValueError with the nearest known one."""

@@ -3,6 +3,7 @@
 Formats: OpenScene's scripts/preprocess and scripts/feature_fusion, and its loaders in dataset/.
 """
 
+import glob
 import os
 from pathlib import Path
 
@@ -101,6 +102,24 @@ def read_features(
             raise ValueError(f"{path}: mask names row {seen[-1]} of feat, expected rows 0..{len(features) - 1}")
         features, feature_index = features[seen], feature_index[seen]
     return features.astype(np.float16), feature_index.astype(np.int32)
+
+
+def read_features_of_scene(
+    folder: str | os.PathLike, name: str, num_points: int
+) -> tuple[Float16[np.ndarray, "M C"], Int32[np.ndarray, " M"]]:
+    """The features of all chunk files `<name>_0.pt`, `<name>_1.pt`, ... of a scene, or of `<name>.pt` (nuScenes).
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: as `read_features`.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob(f"{glob.escape(name)}_[0-9].pt")) or sorted(folder.glob(f"{glob.escape(name)}.pt"))
+    if not files:
+        raise FileNotFoundError(f"{folder}/{name}_0.pt: missing, and so is {name}.pt")
+    chunks = [read_features(file, num_points) for file in files]
+    feature_index, first = np.unique(np.concatenate([index for _, index in chunks]), return_index=True)
+    return np.concatenate([features for features, _ in chunks])[first], feature_index
 
 
 def _describe(content: object) -> str:

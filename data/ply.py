@@ -5,7 +5,7 @@ Format: Greg Turk, "The PLY Polygon File Format" (1994), and the sized type name
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -56,23 +56,39 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def read_ply_columns(path: str | os.PathLike, element: str = "vertex") -> dict[str, Shaped[np.ndarray, " N"]]:
+def read_ply_columns(
+    path: str | os.PathLike, element: str = "vertex", lists: Sequence[str] = ()
+) -> dict[str, Shaped[np.ndarray, "N *_"]]:
     """The scalar properties of one element of a PLY file, each a column of N values in the file's own type.
 
-    List properties (polygons) are walked over and left out.  The whole file is checked, so that one cut off
-    behind the wanted element is refused too.
+    The whole file is checked, so that one cut off behind the wanted element is refused too.
+
+    Args:
+      path: the file.
+      element: e.g. "face".
+      lists: list properties to read as well, [N, L] where all lists have the length L (3: triangles); others
+        are walked over and left out.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no PLY file, its header makes no sense, it ends early, or it has no such element; the
-        message names the file, the element and the row.
+      ValueError: it is no PLY file, its header makes no sense, it ends early, it has no such element, or no
+        such list of one length; the message names the file, the element and the row.
     """
     content = Path(path).read_bytes()
     order, elements, start = _parse_header(path, content)
     if element not in (e.name for e in elements):
         raise ValueError(f"{path}: no element '{element}'; the file has {[e.name for e in elements]}")
     body = _BinaryBody(path, content, start) if order else _AsciiBody(path, content[start:])
-    return {e.name: body.read(e) for e in elements if e.properties}.get(element, {})
+    columns = {e.name: body.read(e) for e in elements if e.properties}.get(element, {})
+    (wanted,) = (e for e in elements if e.name == element)
+    for name in lists:
+        if name not in columns or name in (p.name for p in wanted.scalars):
+            known = [p.name for p in wanted.lists]
+            raise ValueError(
+                f"{path}: element '{element}' has no list '{name}' of one length (its lists: {known}); "
+                "triangulate the mesh"
+            )
+    return {name: column for name, column in columns.items() if column.ndim == 1 or name in lists}
 
 
 def _parse_header(path, content: bytes) -> tuple[str, list[_Element], int]:
@@ -119,6 +135,7 @@ class _BinaryBody:
         self.path, self.content, self.offset = path, content, offset
 
     def read(self, element: _Element) -> dict[str, np.ndarray]:
+        """The columns of the element, those of its lists only if all rows have lists of the same lengths."""
         # Nearly every mesh has lists of one length, and to walk its faces row by row would take longer than
         # all the rest: try whether the rows are as long as the first.
         lengths = self._walk(element._replace(count=min(element.count, 1)))[2] if element.lists else {}
@@ -128,7 +145,10 @@ class _BinaryBody:
             table = np.frombuffer(self.content, row, element.count, self.offset)
             if all((table[f"length of {name}"] == length).all() for name, length in lengths.items()):
                 self.offset += size
-                return {p.name: _native(table[p.name]) for p in element.scalars}
+                return {
+                    p.name: _native(table[p.name if p.count_dtype is None else f"items of {p.name}"])
+                    for p in element.properties
+                }
         columns, self.offset, _ = self._walk(element)
         return columns
 
@@ -174,7 +194,8 @@ class _AsciiBody:
         self.path, self.tokens, self.position = path, body.split(), 0
 
     def read(self, element: _Element) -> dict[str, np.ndarray]:
-        cells: dict[str, list[bytes]] = {p.name: [] for p in element.scalars}
+        cells: dict[str, list[bytes]] = {p.name: [] for p in element.properties}
+        lengths: dict[str, set[int]] = {p.name: set() for p in element.lists}
         if not element.lists:
             width = len(element.properties)
             tokens = self._take(element, 0, element.count * width)
@@ -186,10 +207,18 @@ class _AsciiBody:
                     if p.count_dtype is None:
                         cells[p.name] += head
                     elif head[0].isdigit():
-                        self._take(element, row, int(head[0]))
+                        cells[p.name] += self._take(element, row, int(head[0]))
+                        lengths[p.name].add(int(head[0]))
                     else:
                         raise _corrupt_list(self.path, element, row, p, head[0].decode("latin-1"))
-        return {p.name: self._parse(element, p, cells[p.name]) for p in element.scalars}
+        columns = {}
+        for p in element.properties:
+            if p.count_dtype is None:
+                columns[p.name] = self._parse(element, p, cells[p.name])
+            elif all(len(of_one) <= 1 for of_one in lengths.values()):
+                items = self._parse(element, p, cells[p.name])
+                columns[p.name] = items.reshape(element.count, max(lengths[p.name], default=0))
+        return columns
 
     def _take(self, element: _Element, row: int, count: int) -> list[bytes]:
         tokens = self.tokens[self.position : self.position + count]

@@ -86,6 +86,27 @@ def project(
     return Projection(row, col, visible)
 
 
+def _depth_ratio(points: Float[np.ndarray, "N 3"], view: View, border: int) -> Float64[np.ndarray, " M"]:
+    """Reading over distance of the points that fall on a depth reading of the view, hidden ones too."""
+    inside = project(points, view.pose, view.intrinsics, view.size, border=border)
+    reading = view.depth[inside.row, inside.col].astype(np.float64)
+    met = inside.visible & (reading > 0)
+    to_camera = np.linalg.inv(view.pose)
+    return reading[met] / (points[met].astype(np.float64) @ to_camera[2, :3] + to_camera[2, 3])
+
+
+def _check_depth_scale(ratio: Float64[np.ndarray, " M"], agreeing: int, tolerance: float) -> None:
+    """Raises ValueError where next to no reading agrees with the points, but many would by one common factor."""
+    if len(ratio) < 1000 or agreeing >= 0.01 * len(ratio):
+        return
+    factor = float(np.median(ratio))
+    if np.mean(np.abs(ratio / factor - 1) <= max(tolerance, 0.1)) > 0.3:
+        raise ValueError(
+            f"almost nothing is visible: {agreeing} of {len(ratio)} points that fall on a depth reading lie there, "
+            f"and most readings are {factor:.3g} times as far as their points; is the depth scale of another data set?"
+        )
+
+
 def fuse(
     points: Float[np.ndarray, "N 3"],
     views: Iterable[View],
@@ -108,11 +129,13 @@ def fuse(
       features and feature_index as `Scene` holds them: the M points seen at least once, in order.
 
     Raises:
-      ValueError: there is no view, or a feature map has another size than its view, or other channels than
-        the first, or features that are not finite; the message names the view.
+      ValueError: there is no view; a feature map has another size than its view, or other channels than the
+        first, or features that are not finite (the message names the view); or the depth of all views is in
+        another unit than the points.
     """
     sums = np.zeros((len(points), 0), np.float32)
     counts = np.zeros(len(points), np.int32)
+    agreeing, ratios = 0, []
     for number, view in enumerate(views):
         seen = project(points, view.pose, view.intrinsics, view.size, view.depth, tolerance, border)
         feature_map = features_of(view)
@@ -127,6 +150,10 @@ def fuse(
             raise ValueError(f"view '{view.name}': features are not finite; does the 2D network overflow?")
         sums[seen.visible] += features
         counts += seen.visible
+        if view.depth is not None:
+            ratios.append(_depth_ratio(points, view, border))
+            agreeing += int(seen.visible.sum())
+    _check_depth_scale(np.concatenate(ratios or [np.empty(0)]), agreeing, tolerance)
     if not sums.shape[1]:
         raise ValueError("no views to fuse; give at least one view with features")
     feature_index = np.flatnonzero(counts).astype(np.int32)

@@ -1,21 +1,23 @@
-"""ScanNet v2 as distributed: the annotated mesh of a scene, and its exported RGB-D frames.
+"""ScanNet v2 as distributed: the annotated mesh of a scene, and its RGB-D frames.
 
 A scene's folder holds `<scene>_vh_clean_2.ply`, for training and validation scenes
-`<scene>_vh_clean_2.labels.ply`, and the frames of the .sens stream (exported e.g. by ScanNet's SensReader) as
-`color/K.jpg`, `depth/K.png` (16 bit, millimetres, 0 = no reading) and `pose/K.txt` (camera to world, 4x4).
+`<scene>_vh_clean_2.labels.ply`, and the frames: in `<scene>.sens` as distributed, or exported from it (e.g. by
+ScanNet's SensReader) as `color/K.jpg`, `depth/K.png` (16 bit, millimetres, 0 = no reading) and `pose/K.txt`
+(camera to world, 4x4).
 """
 
+import functools
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64, Int32
-from PIL import Image
+from jaxtyping import Int32
 
-from data.labels import NYU40_TO_SCANNET20
+from data import sens
+from data.frames import Views, read_depth, read_pose
+from data.labels import IGNORE, NYU40_TO_SCANNET20
 from data.projection import adjust_intrinsics
 from data.scene import Scene, View, read_ply, read_ply_columns, resize_nearest
 
@@ -27,17 +29,22 @@ DEPTH_INTRINSICS = np.array([[577.870605, 0, 319.5], [0, 577.870605, 239.5], [0,
 FEATURE_SIZE = (320, 240)  # (w, h) on which OpenScene computes 2D features and visibility
 DEPTH_TOLERANCE = 0.25  # relative, as OpenScene
 BORDER = 10  # pixels, as OpenScene
+STREAM_STEP = 20  # frames of a .sens stream from one view to the next, as OpenScene
+
+LABEL_TABLES = {"scannet20": NYU40_TO_SCANNET20, "nyu40": np.array([IGNORE, *range(40)], np.int32)}
+"""int32 [41] by label set: NYU40 id 0..40, 0 = not annotated, to the class of the set."""
 
 
-def read_scene(folder: str | os.PathLike) -> Scene:
-    """Points and colours of a scene's mesh and, where its label file is there, the 20 benchmark classes.
+def read_scene(folder: str | os.PathLike, label_set: str = "scannet20") -> Scene:
+    """Points and colours of a scene's mesh and, where its label file is there, the classes of its vertices.
 
     Args:
       folder: the scene's folder, named like the scene.
+      label_set: "scannet20", the benchmark, or "nyu40".
 
     Returns:
-      points in the frame of the mesh (z up, not axis-aligned); labels 0..19 and 255 for everything else, or
-      None for the test scenes, which come without a label file.
+      points in the frame of the mesh (z up, not axis-aligned); labels of the label set and 255 for everything
+      else, or None for the test scenes, which come without a label file.
 
     Raises:
       FileNotFoundError: there is no mesh.
@@ -51,7 +58,7 @@ def read_scene(folder: str | os.PathLike) -> Scene:
     labels_path = folder / f"{folder.name}_vh_clean_2.labels.ply"
     if not labels_path.is_file():
         return scene
-    labels = read_labels(labels_path)
+    labels = read_labels(labels_path, label_set)
     if len(labels) != len(scene.points):
         raise ValueError(
             f"{labels_path}: {len(labels)} labels for the {len(scene.points)} vertices of {mesh.name}; "
@@ -60,8 +67,8 @@ def read_scene(folder: str | os.PathLike) -> Scene:
     return replace(scene, labels=labels)
 
 
-def read_labels(path: str | os.PathLike) -> Int32[np.ndarray, " N"]:
-    """The 20 benchmark classes, 255 = none of them, of the vertices of a `.labels.ply` file of ScanNet v2.
+def read_labels(path: str | os.PathLike, label_set: str = "scannet20") -> Int32[np.ndarray, " N"]:
+    """The classes of a label set, 255 = none of them, of the vertices of a `.labels.ply` file of ScanNet v2.
 
     The file of the same name in ScanNet v1 holds ids of raw categories, not of NYU40, and would be read as
     other classes; it is told by ids above 40.
@@ -80,95 +87,80 @@ def read_labels(path: str | os.PathLike) -> Int32[np.ndarray, " N"]:
             f"{path}: label row {bad[0]} is {nyu40[bad[0]]}, expected NYU40 ids 0..40; ScanNet v1 has raw "
             "category ids here: download the v2 file"
         )
-    return NYU40_TO_SCANNET20[nyu40.astype(np.int64)]
+    return LABEL_TABLES[label_set][nyu40.astype(np.int64)]
 
 
-class Frames(Sequence):
-    """The posed views of a scene, in frame order; depth is read from disk each time a view is asked for.
+def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, every: int = 1) -> Views:
+    """The exported frames of a scene, or without any every 20th of its .sens, as views on a grid of size = (w, h).
 
-    Attributes:
-      skipped: numbers of the frames left out because their pose is not finite (tracking was lost).
-    """
-
-    def __init__(self, folder: Path, size: tuple[int, int], numbers: list[int]):
-        self._folder, self._size = folder, size
-        self._intrinsics = adjust_intrinsics(DEPTH_INTRINSICS, DEPTH_SIZE, size)
-        poses = {number: _read_pose(folder / "pose" / f"{number}.txt") for number in numbers}
-        self._poses = {number: pose for number, pose in poses.items() if np.isfinite(pose).all()}
-        self._numbers = list(self._poses)
-        self.skipped = tuple(number for number in numbers if number not in self._poses)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> View:
-        number = self._numbers[index]
-        return View(
-            name=f"{self._folder.name}/{number}",
-            pose=self._poses[number],
-            intrinsics=self._intrinsics,
-            size=self._size,
-            depth=resize_nearest(_read_depth(self._folder / "depth" / f"{number}.png"), self._size),
-            image=self._folder / "color" / f"{number}.jpg",
-        )
-
-
-def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, every: int = 1) -> Frames:
-    """The exported frames of a scene as views on a pixel grid of the given size = (w, h).
-
-    Depth is resized by nearest neighbour, as OpenScene does.  Frames without a finite pose are left out,
-    listed in `skipped` and logged.
+    Depth is resized by nearest neighbour, as OpenScene does.  Frames without a finite pose (tracking was lost)
+    are left out and logged.
 
     Args:
-      folder: the scene's folder with color/, depth/ and pose/.
+      folder: the scene's folder with color/, depth/ and pose/, or with `<scene>.sens`.
       size: (320, 240) as OpenScene, or (640, 480) for every depth pixel.
-      every: takes each every-th exported frame (OpenScene: every 20th of the stream).
+      every: takes each every-th of these frames.
 
     Raises:
       FileNotFoundError: there are no frames, or one lacks its pose, depth or image.
-      ValueError: a pose file is no 4x4 matrix, or no pose is finite; a depth file is checked when it is read.
+      ValueError: a pose file is no 4x4 matrix, no pose is finite, or the stream is truncated or of another
+        size; depth and colour are checked when they are read.
     """
     folder = Path(folder).resolve()
+    intrinsics = adjust_intrinsics(DEPTH_INTRINSICS, DEPTH_SIZE, size)
+    stream_path = folder / f"{folder.name}.sens"
+    if stream_path.is_file() and not (folder / "pose").is_dir():
+        stream, frames = sens.read_stream(stream_path, STREAM_STEP * every)
+        if stream.depth_size != DEPTH_SIZE:
+            raise ValueError(f"{stream_path}: depth of {stream.depth_size} pixels, expected ScanNet's {DEPTH_SIZE}")
+        readers = {
+            frame.number: (frame.pose, functools.partial(_stream_view, folder.name, stream, frame, intrinsics, size))
+            for frame in frames
+        }
+        return _with_finite_poses(folder, readers)
     kinds = {"color": ".jpg", "depth": ".png", "pose": ".txt"}
     found = {kind: _numbers(folder / kind, suffix) for kind, suffix in kinds.items()}
     numbers = sorted(set.union(*found.values()))[::every]
     if not numbers:
-        raise FileNotFoundError(f"{folder}: no frames; export the .sens file to color/, depth/ and pose/")
+        raise FileNotFoundError(
+            f"{folder}: no frames; download the .sens file, or export it to color/, depth/ and pose/"
+        )
     missing = [
         f"{kind}/{number}{suffix}" for number in numbers for kind, suffix in kinds.items() if number not in found[kind]
     ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FileNotFoundError(f"{folder}: missing {', '.join(missing[:3])}{more}; export the frames again")
-    frames = Frames(folder, size, numbers)
-    if not frames:
-        raise ValueError(f"{folder}: none of the {len(numbers)} frames has a finite pose; export them again")
-    if frames.skipped:
-        lost = ", ".join(map(str, frames.skipped))
-        log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, lost, len(numbers))
-    return frames
+    poses = {number: read_pose(folder / "pose" / f"{number}.txt") for number in numbers}
+    readers = {
+        number: (pose, functools.partial(_exported_view, folder, number, pose, intrinsics, size))
+        for number, pose in poses.items()
+    }
+    return _with_finite_poses(folder, readers)
+
+
+def _with_finite_poses(folder: Path, readers: dict) -> Views:
+    """Views of (pose, reader) by frame number."""
+    lost = [number for number, (pose, _) in readers.items() if not np.isfinite(pose).all()]
+    if len(lost) == len(readers):
+        raise ValueError(f"{folder}: none of the {len(readers)} frames has a finite pose; export them again")
+    if lost:
+        numbers = ", ".join(map(str, lost))
+        log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, numbers, len(readers))
+    return Views([reader for number, (_, reader) in readers.items() if number not in lost])
+
+
+def _exported_view(folder: Path, number: int, pose, intrinsics, size: tuple[int, int]) -> View:
+    depth = read_depth(folder / "depth" / f"{number}.png", 1000.0, DEPTH_SIZE)
+    image = folder / "color" / f"{number}.jpg"
+    return View(f"{folder.name}/{number}", pose, intrinsics, size, resize_nearest(depth, size), image)
+
+
+def _stream_view(scene: str, stream: sens.Stream, frame: sens.Frame, intrinsics, size: tuple[int, int]) -> View:
+    depth = resize_nearest(sens.read_depth(stream, frame), size)
+    image = sens.read_color(stream, frame)
+    return View(f"{scene}/{frame.number}", frame.pose, intrinsics, size, depth, image)
 
 
 def _numbers(folder: Path, suffix: str) -> set[int]:
     return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}
-
-
-def _read_pose(path: Path) -> Float64[np.ndarray, "4 4"]:
-    try:
-        return np.array(path.read_text().split(), dtype=np.float64).reshape(4, 4)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None
-
-
-def _read_depth(path: Path) -> np.ndarray:
-    """float32 [h, w] metres."""
-    try:
-        with Image.open(path) as image:
-            millimetres = np.asarray(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a PNG image ({error}); export the frame again") from error
-    if millimetres.ndim != 2 or millimetres.dtype.itemsize < 2:
-        raise ValueError(f"{path}: expected 16-bit depth in millimetres, got {millimetres.dtype} {millimetres.shape}")
-    return (millimetres / 1000).astype(np.float32)

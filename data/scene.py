@@ -183,16 +183,38 @@ class View:
     def pixels(self) -> UInt8[np.ndarray, "h w 3"]:
         """The image on the view's own pixel grid, resized by nearest neighbour as OpenScene does.
 
+        Raises what `full_pixels` raises.
+        """
+        return resize_nearest(self.full_pixels(), self.size)
+
+    def full_pixels(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image at its own resolution.
+
         Raises:
-          ValueError: the view has no image.
+          ValueError: the view has no image, its file is damaged, or the image is not of the shape of the grid
+            (up to 2 percent, as cameras crop): it is another camera's, or the size of the camera is wrong.
           FileNotFoundError: its file is gone.
         """
         if self.image is None:
             raise ValueError(f"view '{self.name}' has no image; read the scene with its colour frames")
-        if isinstance(self.image, np.ndarray):
-            return resize_nearest(self.image, self.size)
-        with Image.open(self.image) as file:
-            return resize_nearest(np.asarray(file.convert("RGB")), self.size)
+        image = self.image if isinstance(self.image, np.ndarray) else self._read_image()
+        (width, height), (image_height, image_width) = self.size, image.shape[:2]
+        if abs(image_width * height / (image_height * width) - 1) > 0.02:
+            file = f" ({self.image})" if isinstance(self.image, Path) else ""
+            raise ValueError(
+                f"view '{self.name}': its image{file} has {image_width} x {image_height} pixels, the shape of the "
+                f"camera is {width} x {height}; is it the image of this camera?"
+            )
+        return image
+
+    def _read_image(self) -> UInt8[np.ndarray, "H W 3"]:
+        try:
+            with Image.open(self.image) as file:
+                return np.asarray(file.convert("RGB"))
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{self.image}: truncated or not an image ({error}); export the frame again") from error
 
 
 def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

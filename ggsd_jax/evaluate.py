@@ -79,7 +79,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, s
             "scenes": len(scenes),
             "points": points,
             "label_set": config.data.label_set,
-            "teacher": config.teacher.name,
+            "teacher": prepare.teacher_name(config),
             "text_encoder": config.text.encoder,
             "prompt": config.text.prompt,
             "repeats": config.eval.repeats,

@@ -5,7 +5,6 @@ its own random `data.chunk_points` points, as far as a view sees them. A validat
 all of them. Nothing random here hangs on the seed of a run, so runs with other seeds can share the dataset.
 """
 
-import abc
 import bisect
 import contextlib
 import dataclasses
@@ -17,9 +16,9 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from urllib.parse import quote
 
 import ml_collections
 import numpy as np
@@ -27,17 +26,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tqdm import tqdm
 
-from data import scannet
-from data.labels import LABEL_SETS, LabelSet
+from data.labels import IGNORE, LABEL_SETS, LabelSet
 from data.projection import fuse
-from data.scene import Scene, View, check_labels
-from data.superpoints import vccs
-from data.synthetic import SYNTHETIC, generate_room, room_seeds
-from data.virtual_camera import look_around_views
+from data.scene import Scene, check_labels
+from data.synthetic import SYNTHETIC
+from ggsd_jax.datasets import DATASETS, LeftOut, RawScene, Readers, cut_superpoints, in_order
 from ggsd_jax.vision_language import text
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
-_TRAINING_ONLY = {"prepared", "voxel_size", "augment", "input_color", "loop", "min_voxels", "max_voxels", "workers"}
+_NOT_CONTENT = {"prepared", "prepare_workers", "voxel_size", "augment", "input_color", "loop", "workers"}
+_NOT_CONTENT |= {"min_voxels", "max_voxels"}
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -49,7 +47,8 @@ def label_set(config: ml_collections.ConfigDict) -> LabelSet:
 def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     """Builds the dataset of `config` in `data_dir`, unless it is there.
 
-    It appears whole or not at all: what a killed run had written is deleted and made again.
+    It appears whole or not at all. The scenes a killed run had finished wait in `data_dir`/unfinished for the
+    next run with the same settings. What went into each split is logged and kept in the dataset's metadata.
 
     Raises:
         ValueError: the dataset there was made with other settings; an unknown `data.name` or `teacher.name`;
@@ -57,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
         FileNotFoundError: raw data is missing.
     """
     settings = _content_settings(config)
-    builder_class = _named(_BUILDERS, "data.name", config.data.name)
+    _named(DATASETS, "data.name", config.data.name)
     folder = _dataset_folder(data_dir)
     if folder is not None:
         _check_settings(folder, settings)
@@ -66,7 +65,9 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
         raise FileNotFoundError(f"data.root is {config.data.root!r}: there is no such folder")
     for leftover in data_dir.glob(f"*/{_INCOMPLETE}*"):
         shutil.rmtree(leftover)
-    builder = builder_class(config, settings, data_dir)
+    unfinished = data_dir / "unfinished" / f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+    builder = _Dataset(config, settings, data_dir, unfinished)
+    unfinished.mkdir(parents=True, exist_ok=True)
     # TFDS talks of downloads and counts records; our bar counts scenes and knows how many there are
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
@@ -74,6 +75,8 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
         builder.download_and_prepare(download_dir=scratch, download_config=downloads)
     for split, info in builder.info.splits.items():
         logging.info("prepared %s: %d records, %.1f MB", split, info.num_examples, info.num_bytes / 1e6)
+    logging.info("%s", report_text(builder.info.metadata["report"]))
+    shutil.rmtree(unfinished.parent)
 
 
 def load_split(data_dir: Path, split: str) -> "PreparedScenes":
@@ -81,11 +84,19 @@ def load_split(data_dir: Path, split: str) -> "PreparedScenes":
 
     Raises:
         FileNotFoundError: there is no prepared dataset in `data_dir`.
+        ValueError: it has no such split; without labelled scenes there is no "val".
     """
     folder = _dataset_folder(data_dir)
     if folder is None:
         raise FileNotFoundError(f"{data_dir} holds no prepared dataset: prepare it first (--mode=prepare)")
+    if split not in (found := tfds.builder_from_directory(folder).info.splits):
+        raise ValueError(f"{folder} has no split {split!r}, only {sorted(found)}: its raw data has no such scenes")
     return PreparedScenes(folder, split)
+
+
+def load_report(data_dir: Path) -> dict:
+    """What went into each split of the dataset in `data_dir`, as `_Report` has it."""
+    return tfds.builder_from_directory(_dataset_folder(data_dir)).info.metadata["report"]
 
 
 class PreparedScenes(Sequence):
@@ -162,7 +173,7 @@ def decode(record: dict) -> Scene:
 def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
-    data = {field: value for field, value in settings["data"].items() if field not in _TRAINING_ONLY}
+    data = {field: value for field, value in settings["data"].items() if field not in _NOT_CONTENT}
     return {"data": data} | {part: settings[part] for part in ("superpoints", "teacher", "text")}
 
 
@@ -199,12 +210,6 @@ def _named(table: dict, field: str, name: str):
 # ------------------------------------------------------------------------------------------- one scene's work
 
 
-class _RawScene(NamedTuple):
-    scene: Scene
-    views: Iterable[View]
-    border: int  # pixels at the rim of a view that see nothing
-
-
 def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
     """The 2D network that `teacher.name` names, with the class texts it may need."""
     teacher_class = _named({"simulated": SimulatedTeacher}, "teacher.name", config.teacher.name)
@@ -213,122 +218,145 @@ def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
     return teacher_class(class_text, **rates)
 
 
-def add_superpoints_and_features(raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher) -> Scene:
-    """The scene with its VCCS superpoints and the mean over the views of the teacher's features."""
-    scene = raw.scene
-    superpoints = vccs(scene.points, scene.colors, scene.normals, **config.superpoints)
-    features, feature_index = fuse(scene.points, raw.views, teacher(scene), border=raw.border)
-    return dataclasses.replace(scene, superpoints=superpoints, features=features, feature_index=feature_index)
+def teacher_name(config: ml_collections.ConfigDict) -> str:
+    """What made the 2D features, as results name it: a network, or the maker of ready-made features."""
+    if config.data.name == "openscene":
+        return f"ready-made features: {Path(config.data.features).name}"
+    return config.teacher.name
+
+
+def add_features(raw: RawScene, teacher: SimulatedTeacher) -> Scene:
+    """The scene with the mean over the views of the teacher's features, or with those it came with."""
+    if raw.scene.features is not None:
+        return raw.scene
+    points = raw.scene.points[: raw.num_supervised]
+    try:
+        features, feature_index = fuse(
+            points, raw.views, teacher(raw.scene), tolerance=raw.tolerance, border=raw.border
+        )
+    except ValueError as error:
+        raise ValueError(f"scene '{raw.scene.name}': {error}") from error
+    return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
 
 
 def chunk_of_features(scene: Scene, chunk: int, chunk_points: int) -> Scene:
-    """The scene with the features of `chunk_points` random points only, as far as they have one."""
+    """The scene with the features of `chunk_points` random points only, as far as they have one.
+
+    Where no more points than that have a feature at all, as in a keyframe among older sweeps, all keep theirs.
+    """
+    if len(scene.feature_index) <= chunk_points:
+        return scene
     rng = np.random.default_rng([zlib.crc32(scene.name.encode()), chunk])
     chosen = np.zeros(len(scene.points), bool)
-    chosen[rng.choice(len(chosen), min(chunk_points, len(chosen)), replace=False)] = True
+    chosen[rng.choice(len(chosen), chunk_points, replace=False)] = True
     rows = chosen[scene.feature_index]
     return dataclasses.replace(scene, features=scene.features[rows], feature_index=scene.feature_index[rows])
 
 
-# ---------------------------------------------------------------------------------------------- the data sets
+# ------------------------------------------------------------------------------------------------ the dataset
 
 
-class _Dataset(tfds.core.GeneratorBasedBuilder, abc.ABC):
-    """What the data sets share; each knows how to read its raw scenes."""
+class _Dataset(tfds.core.GeneratorBasedBuilder):
+    """Makes the records; scenes that are done wait in `unfinished` until all are, for a killed run to go on."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Raw data is read from the folder that config.data.root names."
 
-    def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path):
-        self._run_config, self._settings = config, settings
+    def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
+        self.name = config.data.name
+        self._run_config, self._settings, self._unfinished = config, settings, unfinished
+        self._readers = _named(DATASETS, "data.name", config.data.name)(config)
         self._teacher = make_teacher(config)
         super().__init__(data_dir=data_dir, file_format="array_record")
-
-    @abc.abstractmethod
-    def _readers(self, split: str, root: Path) -> dict[str, Callable[[], _RawScene]]:
-        """For the name of each scene of "train" or "val" the function that reads it."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             features=record_features(self._teacher.class_text.shape[1]),
-            metadata=tfds.core.MetadataDict(settings=self._settings),
+            metadata=tfds.core.MetadataDict(settings=self._settings, report={}),
             disable_shuffling=True,  # the records of a scene stay together
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        root = Path(dl_manager.manual_dir)
-        readers = {split: self._readers(split, root) for split in ("train", "val")}
-        return {split: self._generate_examples(split, readers[split]) for split in readers}
+        return {split: self._generate_examples(split, readers) for split, readers in self._readers.items()}
 
-    def _generate_examples(self, split: str, readers: dict[str, Callable[[], _RawScene]]) -> Iterator[tuple[int, dict]]:
-        config = self._run_config
-        key = itertools.count()
-        for name, read in tqdm(readers.items(), desc=f"prepare {split}", unit="scene", dynamic_ncols=True):
-            scene = add_superpoints_and_features(read(), config, self._teacher)
-            if split == "val":
-                check_labels(scene, len(label_set(config).classes))
+    def _generate_examples(self, split: str, readers: Readers) -> Iterator[tuple[int, dict]]:
+        config, key = self._run_config, itertools.count()
+        report = self.info.metadata["report"][split] = _Report(label_set(config))
+        for name, scene in self._scenes(split, readers):
+            if isinstance(scene, LeftOut):
+                report.leave_out(name, str(scene))
+            elif split == "val":
+                report.add(scene)
                 yield next(key), encode(scene)
             elif len(scene.feature_index):
+                report.add(scene)
                 for chunk in range(config.data.chunks):
                     yield next(key), encode(chunk_of_features(scene, chunk, config.data.chunk_points))
             else:
-                logging.warning("%s left out of training: no view sees any of its points", name)
+                report.leave_out(name, "no view sees any of its points")
+
+    def _scenes(self, split: str, readers: Readers) -> Iterator[tuple[str, Scene | LeftOut]]:
+        """Each scene with superpoints and features, read back where a killed run had made it."""
+        config = self._run_config
+        files = {name: self._unfinished / f"{split} {quote(name, safe='')}.npz" for name in readers}
+        missing = [readers[name] for name, file in files.items() if not file.exists()]
+        cut = functools.partial(cut_superpoints, settings=config.superpoints.to_dict())
+        raw_scenes = in_order(cut, missing, config.data.prepare_workers)
+        with contextlib.closing(raw_scenes):
+            for name in tqdm(readers, desc=f"prepare {split}", unit="scene", dynamic_ncols=True):
+                if files[name].exists():
+                    yield name, Scene.load_npz(files[name])
+                    continue
+                raw = next(raw_scenes)
+                if isinstance(raw, LeftOut):
+                    yield name, raw
+                    continue
+                if split == "val":
+                    check_labels(raw.scene, len(label_set(config).classes))
+                scene = add_features(raw, self._teacher)
+                width = self.info.features["features"].shape[-1]
+                if scene.features.shape[1] != width:
+                    raise ValueError(
+                        f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
+                        f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
+                    )
+                scene.save_npz(files[name])
+                yield name, scene
 
 
-class Synthetic(_Dataset):
-    """Generated rooms, `data.train_rooms` and `data.val_rooms` of them."""
+class _Report(dict):
+    """What went into a split, as JSON: scenes, points, the points of each class, and what was left out and why."""
 
-    def _readers(self, split: str, root: Path) -> dict[str, Callable[[], _RawScene]]:
-        count = self._run_config.data[f"{split}_rooms"]
-        if count < 1:
-            raise ValueError(f"data.{split}_rooms is {count}, expected at least 1")
-        return {f"room {seed}": functools.partial(_read_room, seed) for seed in room_seeds(split, count)}
+    def __init__(self, labels: LabelSet):
+        super().__init__(scenes=0, points=0, points_with_feature=0, labels={}, left_out={})
+        self._names = dict(enumerate(labels.classes)) | {IGNORE: "ignored"}
 
+    def add(self, scene: Scene) -> None:
+        self["scenes"] += 1
+        self["points"] += len(scene.points)
+        self["points_with_feature"] += len(scene.feature_index)
+        if scene.labels is not None:
+            for label, count in zip(*np.unique(scene.labels, return_counts=True), strict=True):
+                name = self._names.get(int(label), f"label {label}")
+                self["labels"][name] = self["labels"].get(name, 0) + int(count)
 
-def _read_room(seed: int) -> _RawScene:
-    return _RawScene(*generate_room(seed), border=0)
-
-
-class ScanNet(_Dataset):
-    """Scenes of `data.root` that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt` there.
-
-    A scene is a folder `scans/<scene>` with mesh, labels and exported frames, or a neutral `<scene>.npz`,
-    which simulated cameras look at.
-    """
-
-    name = "scannet"
-
-    def _readers(self, split: str, root: Path) -> dict[str, Callable[[], _RawScene]]:
-        if self._run_config.data.label_set != "scannet20":
-            raise ValueError(f"data.label_set is {self._run_config.data.label_set!r}: ScanNet is read with 'scannet20'")
-        listed = (root / f"scannetv2_{split}.txt").read_text().split()
-        found = {}
-        for name in listed:
-            if (root / "scans" / name).is_dir():
-                found[name] = functools.partial(_read_scan, root / "scans" / name)
-            elif (root / f"{name}.npz").is_file():
-                found[name] = functools.partial(_read_npz, root / f"{name}.npz")
-        if not found:
-            raise ValueError(
-                f"{root}: none of the {len(listed)} scenes of scannetv2_{split}.txt is there, neither as "
-                "scans/<scene>/ nor as <scene>.npz: download some, or point data.root at them"
-            )
-        logging.info("scannet %s: %d of %d listed scenes found in %s", split, len(found), len(listed), root)
-        return found
+    def leave_out(self, name: str, reason: str) -> None:
+        self["left_out"][name] = reason
+        logging.warning("%s left out: %s", name, reason)
 
 
-def _read_scan(folder: Path) -> _RawScene:
-    return _RawScene(scannet.read_scene(folder), scannet.read_views(folder), border=scannet.BORDER)
-
-
-def _read_npz(path: Path) -> _RawScene:
-    scene = Scene.load_npz(path)
-    try:
-        views = look_around_views(scene.points, seed=zlib.crc32(scene.name.encode()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return _RawScene(scene, views, border=0)
-
-
-_BUILDERS = {"synthetic": Synthetic, "scannet": ScanNet}
+def report_text(report: dict) -> str:
+    """The report of each split in lines to read."""
+    lines = []
+    for split, of in report.items():
+        share = 100 * of["points_with_feature"] / max(of["points"], 1)
+        lines.append(
+            f"{split}: scenes {of['scenes']}, left out {len(of['left_out'])}, points {of['points']:,}, "
+            f"with a 2D feature {share:.1f} %"
+        )
+        lines += [f"  left out {name}: {reason}" for name, reason in of["left_out"].items()]
+        total = sum(of["labels"].values())
+        ranked = sorted(of["labels"].items(), key=lambda item: -item[1])
+        lines += [f"  {100 * count / total:6.2f} % {name}" for name, count in ranked]
+    return "\n".join(lines)

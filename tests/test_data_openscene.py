@@ -1,12 +1,15 @@
 """OpenScene's preprocessed scenes and feature files, its own ones and small ones made to be wrong."""
 
 import pickle
+import runpy
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import openscene
+from ggsd_jax import prepare
 
 POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
 COLORS = np.array([[-1, 0, 1]] * 4, np.float32)
@@ -124,3 +127,51 @@ def test_legacy_features_with_a_trailing_axis_and_a_boolean_mask_are_read(tmp_pa
 def test_a_bad_feature_file_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"bad.pt: .*{message}"):
         openscene.read_features(save(tmp_path / "bad.pt", content), num_points=4)
+
+
+def test_the_chunks_of_a_scene_are_put_together(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a_0.pt: missing, and so is a.pt"):
+        openscene.read_features_of_scene(tmp_path, "a", 4)
+    rows = np.arange(20).reshape(4, 5).astype(np.float16)
+    for chunk, points in enumerate([[1, 3], [0, 3]]):
+        mask = np.isin(np.arange(4), points)
+        save(tmp_path / f"a_{chunk}.pt", {"feat": rows[mask], "mask_full": mask})
+    save(tmp_path / "ab_0.pt", {"feat": FEATURES, "mask_full": MASK})
+    features, index = openscene.read_features_of_scene(tmp_path, "a", 4)
+    assert index.tolist() == [0, 1, 3] and index.dtype == np.int32
+    np.testing.assert_array_equal(features, rows[index])
+
+
+def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    features = tmp_path / "scannet_multiview_lseg"
+    features.mkdir()
+    for split, scene in (("train", "scene0000_00"), ("train", "scene0000_01"), ("val", "scene0000_02")):
+        (tmp_path / "scannet_3d" / split).mkdir(parents=True, exist_ok=True)
+        points = rng.uniform(0, 2, (500, 3)).astype(np.float32) * [1, 1, 0.01]
+        cloud = (points, np.zeros((500, 3), np.float32), np.zeros(500))
+        save(tmp_path / "scannet_3d" / split / f"{scene}_vh_clean_2.pth", cloud)
+        if scene != "scene0000_01":
+            mask = rng.random(500) < 0.5
+            feat = rng.normal(size=(mask.sum(), 64)).astype(np.float16)
+            save(features / f"{scene}_0.pt", {"feat": feat, "mask_full": mask})
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/scannet.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        {"data.name": "openscene", "data.root": str(tmp_path / "scannet_3d"), "data.prepare_workers": 0}
+        | {"data.chunks": 1, "text.encoder": "stand-in:64"}
+    )
+    with pytest.raises(FileNotFoundError, match="data.features is '': expected the folder with OpenScene's"):
+        prepare.prepare(config, tmp_path / "out")
+    config.data.features = str(features)
+    prepare.prepare(config, tmp_path / "out")
+    (train,) = prepare.load_split(tmp_path / "out", "train")
+    (val,) = prepare.load_split(tmp_path / "out", "val")
+    assert val.name == "scene0000_02" and train.superpoints.max() > 3
+    np.testing.assert_array_equal(np.flatnonzero(mask), val.feature_index)
+    np.testing.assert_array_equal(feat, val.features)
+    assert prepare.teacher_name(config) == "ready-made features: scannet_multiview_lseg"
+    left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
+    assert list(left_out) == ["scene0000_01_vh_clean_2"] and "missing" in left_out["scene0000_01_vh_clean_2"]
+    config.text.encoder = "stand-in:48"
+    with pytest.raises(ValueError, match="features have 64 channels, the words of text.encoder 48: LSeg's 512 go"):
+        prepare.prepare(config, tmp_path / "other")

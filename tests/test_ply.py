@@ -80,6 +80,14 @@ def test_every_column_of_any_format_type_and_order_of_elements_is_read_exactly(
                 expected = np.array([row[i] for row in rows], SCALARS[kind])
                 assert columns[name].dtype == expected.dtype
                 np.testing.assert_array_equal(columns[name], expected)
+    faces = next(rows for element, _, rows in elements if element == "face")
+    if len({len(items) for _, items, _ in faces}) == 1:
+        columns = read_ply_columns(path, "face", lists=["vertex_indices"])
+        assert list(columns) == ["quality", "vertex_indices", "flags"]
+        np.testing.assert_array_equal(columns["vertex_indices"], [items for _, items, _ in faces])
+    elif faces:
+        with pytest.raises(ValueError, match="element 'face' has no list 'vertex_indices' of one length"):
+            read_ply_columns(path, "face", lists=["vertex_indices"])
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,6 +1,7 @@
 """From raw data to a prepared dataset and back."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.scene import Scene
 from data.synthetic import generate_room
-from ggsd_jax import prepare
+from ggsd_jax import datasets, prepare
 from ggsd_jax.prepare import chunk_of_features, load_split
 
 
@@ -33,6 +34,8 @@ def make_config(**overrides) -> ml_collections.ConfigDict:
                 voxel_size=0.08,
                 augment=True,
                 loop=1,
+                lists="",
+                prepare_workers=0,
             ),
             superpoints=dict(voxel_resolution=0.08, seed_resolution=0.5),
             teacher=dict(name="simulated"),
@@ -58,7 +61,7 @@ def tiny_rooms(monkeypatch) -> None:
     def room(seed: int):
         return glimpse._replace(scene=dataclasses.replace(glimpse.scene, name=f"room{seed}"))
 
-    monkeypatch.setattr(prepare, "generate_room", room)
+    monkeypatch.setattr(datasets, "generate_room", room)
 
 
 def assert_same_scene(a: Scene, b: Scene):
@@ -91,8 +94,8 @@ def test_training_scenes_are_stored_in_chunks_and_validation_scenes_whole(prepar
 
 def test_chunks_agree_with_the_fusion_of_all_points(prepared):
     config, scene = make_config(), load_split(prepared, "train")[1]
-    raw = prepare._read_room(0)
-    whole = prepare.add_superpoints_and_features(raw, config, prepare.make_teacher(config))
+    raw = datasets.cut_superpoints(functools.partial(datasets.read_room, 0), config.superpoints.to_dict())
+    whole = prepare.add_features(raw, prepare.make_teacher(config))
     assert_same_scene(chunk_of_features(whole, 1, 3000), scene)
     row = {int(point): i for i, point in enumerate(whole.feature_index)}
     rows = [row[int(point)] for point in scene.feature_index]
@@ -103,7 +106,7 @@ def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
     def never(seed):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(prepare, "generate_room", never)
+    monkeypatch.setattr(datasets, "generate_room", never)
     before = {f: f.stat().st_mtime_ns for f in prepared.rglob("*")}
     prepare.prepare(make_config(), prepared)
     prepare.prepare(make_config(seed=7, **{"data.voxel_size": 0.02, "data.loop": 5}), prepared)
@@ -162,24 +165,78 @@ def test_a_chunk_has_features_of_random_points_that_are_seen(num_points, chunk_p
 # ----------------------------------------------------------------------------------- killed, changed, corrupt
 
 
-def test_an_error_in_the_middle_leaves_nothing_and_the_next_run_starts_anew(tmp_path, tiny_rooms, monkeypatch):
-    readable = prepare.generate_room
+def test_after_an_error_in_the_middle_the_next_run_goes_on(tmp_path, tiny_rooms, monkeypatch):
+    readable, read = datasets.generate_room, []
 
     def fails_at_the_third(seed):
         if seed == 2:
             raise ValueError("room 2 is broken")
         return readable(seed)
 
-    monkeypatch.setattr(prepare, "generate_room", fails_at_the_third)
+    def counted(seed):
+        read.append(seed)
+        return readable(seed)
+
+    monkeypatch.setattr(datasets, "generate_room", fails_at_the_third)
     config = make_config(**{"data.train_rooms": 3})
     with pytest.raises(ValueError, match="room 2 is broken"):
         prepare.prepare(config, tmp_path)
     with pytest.raises(FileNotFoundError, match="--mode=prepare"):
         load_split(tmp_path, "train")
-    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
-    monkeypatch.setattr(prepare, "generate_room", readable)
+    monkeypatch.setattr(datasets, "generate_room", counted)
     prepare.prepare(config, tmp_path)
-    assert len(load_split(tmp_path, "train")) == 6
+    assert read == [2, 1_000_000]
+    assert [scene.name for scene in load_split(tmp_path, "train")] == [f"room{i}" for i in (0, 0, 1, 1, 2, 2)]
+    assert {f.name for f in tmp_path.iterdir()} == {"synthetic"}
+
+
+def test_scenes_of_other_settings_are_not_gone_on_with(tmp_path, tiny_rooms, monkeypatch):
+    def broken(seed):
+        raise ValueError("another run begins here")
+
+    config = make_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "encode", lambda scene: broken(0))  # the first scene is done, its record is not
+        with pytest.raises(ValueError, match="another run"):
+            prepare.prepare(config, tmp_path)
+    monkeypatch.setattr(datasets, "generate_room", broken)
+    with pytest.raises(ValueError, match="another run begins here"):
+        prepare.prepare(make_config(**{"superpoints.seed_resolution": 0.4}), tmp_path)
+
+
+def test_worker_processes_make_the_same_dataset(prepared, tmp_path):
+    prepare.prepare(make_config(**{"data.prepare_workers": 1}), tmp_path)
+    for split in ("train", "val"):
+        for one, other in zip(load_split(prepared, split), load_split(tmp_path, split), strict=True):
+            assert_same_scene(one, other)
+
+
+def test_the_report_counts_scenes_points_labels_and_what_was_left_out(tmp_path, tiny_rooms, monkeypatch, caplog):
+    readable = datasets.generate_room
+
+    def partly(seed):
+        if seed == 1:
+            raise datasets.LeftOut("no camera in the room")
+        room = readable(seed)
+        return room._replace(scene=dataclasses.replace(room.scene, labels=room.scene.labels % 2)) if seed else room
+
+    monkeypatch.setattr(datasets, "generate_room", partly)
+    with caplog.at_level("INFO"):
+        prepare.prepare(make_config(), tmp_path)
+    assert len(load_split(tmp_path, "train")) == 2
+    report = prepare.load_report(tmp_path)
+    scene = load_split(tmp_path, "val")[0]
+    names = prepare.label_set(make_config()).classes
+    assert report["val"] == {
+        "scenes": 1,
+        "points": len(scene.points),
+        "points_with_feature": len(scene.feature_index),
+        "labels": {names[i]: int((scene.labels == i).sum()) for i in (0, 1)},
+        "left_out": {},
+    }
+    assert report["train"]["scenes"] == 1 and report["train"]["left_out"] == {"room 1": "no camera in the room"}
+    assert f"val: scenes 1, left out 0, points {len(scene.points):,}, with a 2D feature" in caplog.text
+    assert "left out room 1: no camera in the room" in caplog.text
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, tiny_rooms):
@@ -281,7 +338,7 @@ def test_listed_clouds_without_frames_are_seen_by_simulated_cameras(scannet_root
     (train,), (val,) = load_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "val")
     assert (train.name, val.name) == ("scene0000_00", "scene0001_00")
     assert len(val.feature_index) > 0.3 * len(val.points)
-    assert "scannet train: 1 of 2 listed scenes found" in caplog.text
+    assert "1 of 2 listed scenes found (scannetv2_train.txt)" in caplog.text
 
 
 def test_a_split_without_a_scene_is_an_error(scannet_root, tmp_path):
@@ -292,8 +349,8 @@ def test_a_split_without_a_scene_is_an_error(scannet_root, tmp_path):
 
 def test_scannet_has_its_own_labels(scannet_root, tmp_path):
     config = scannet_config(scannet_root)
-    config.data.label_set = "nyu40"
-    with pytest.raises(ValueError, match="data.label_set is 'nyu40': ScanNet is read with 'scannet20'"):
+    config.data.label_set = "matterport21"
+    with pytest.raises(ValueError, match="is 'matterport21': scannet is read with 'scannet20' or 'nyu40'"):
         prepare.prepare(config, tmp_path / "out")
 
 

@@ -244,3 +244,25 @@ def test_a_point_no_view_sees_has_no_feature():
 def test_views_without_usable_features_are_named(views, feature_map, message):
     with pytest.raises(ValueError, match=message):
         fuse(np.array([[0, 0, 1]], np.float32), views, lambda view: feature_map)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1000 / 6553.5, 4.0])
+def test_depth_in_the_unit_of_another_data_set_is_noticed(factor):
+    rng = np.random.default_rng(0)
+    size, intrinsics = (40, 30), np.array([[30.0, 0, 19.5], [0, 30.0, 14.5], [0, 0, 1]])
+    row, col = np.indices((30, 40))
+    depth = (2 + 0.05 * col + rng.uniform(0, 0.01, (30, 40))).astype(np.float32)
+    points = np.stack([(col - 19.5) / 30 * depth, (row - 14.5) / 30 * depth, depth], axis=-1).reshape(-1, 3)
+    hidden = points[::3] * 1.7  # behind the surface
+    view = View("7", np.eye(4), intrinsics, size, depth)
+
+    def features(view):
+        return np.ones((30, 40, 2), np.float32)
+
+    cloud = np.concatenate([points, hidden])
+    assert len(fuse(cloud, [view], features)[1]) == 1200
+    scaled = View("7", np.eye(4), intrinsics, size, (depth * factor).astype(np.float32))
+    with pytest.raises(ValueError, match=f"almost nothing is visible: .* {factor:.3g} times as far as their points"):
+        fuse(cloud, [scaled], features)
+    far_behind = View("7", np.eye(4), intrinsics, size, rng.uniform(0.05, 1.2, (30, 40)).astype(np.float32))
+    assert len(fuse(cloud, [far_behind], features)[1]) == 0  # the camera looks at a wall before it: no mistake

@@ -1,14 +1,17 @@
 """ScanNet's raw files: scenes, labels and frames, real ones and small ones made to be wrong."""
 
 import logging
+import pickle
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data import scannet
-from data.labels import NYU40_TO_SCANNET20
+from data.labels import LABEL_SETS, NYU40_TO_SCANNET20
 from data.scene import read_ply_columns, write_ply
 
 N = 7
@@ -41,6 +44,10 @@ def test_a_scene_has_the_mesh_and_the_benchmark_classes(folder):
     scene = scannet.read_scene(folder)
     assert scene.name == "scene0007_01" and scene.points.shape == scene.colors.shape == (N, 3)
     assert scene.labels.tolist() == [255, 0, 19, 255, 12, 1, 255]
+
+
+def test_a_scene_can_be_read_with_all_nyu40_classes(folder):
+    assert scannet.read_scene(folder, "nyu40").labels.tolist() == [255, 0, 38, 39, 13, 1, 12]
 
 
 def test_a_test_scene_without_label_file_has_no_labels(folder):
@@ -96,7 +103,6 @@ def test_frames_without_a_finite_pose_are_left_out_counted_and_logged(folder, ca
     with caplog.at_level(logging.WARNING):
         views = scannet.read_views(folder)
     assert [view.name for view in views] == ["scene0007_01/0", "scene0007_01/100"] and len(views) == 2
-    assert views.skipped == (20,)
     assert "left out frames without a finite pose: 20 (of 3)" in caplog.text
 
 
@@ -113,6 +119,59 @@ def test_depth_is_read_only_when_a_view_is_asked_for(folder):
         views[1]
 
 
+def pack_stream(folder, numbers, depth_size=(640, 480), units=1000.0) -> bytes:
+    """The exported frames as a .sens stream whose other frames are empty."""
+    parts = [struct.pack("<IQ", 4, 4), b"name", bytes(256)]
+    parts.append(struct.pack("<ii4IfQ", 2, 1, 130, 97, *depth_size, units, max(numbers) + 1))
+    for number in range(max(numbers) + 1):
+        color, depth, pose = b"", b"", [0.0] * 16
+        if number in numbers:
+            color = (folder / f"color/{number}.jpg").read_bytes()
+            with Image.open(folder / f"depth/{number}.png") as image:
+                depth = zlib.compress(np.asarray(image).astype("<u2").tobytes())
+            pose = [float(x) for x in (folder / f"pose/{number}.txt").read_text().split()]
+        parts += [struct.pack("<16f4Q", *pose, 7, 8, len(color), len(depth)), color, depth]
+    return b"".join([*parts, struct.pack("<Q", 0)])  # no inertial frames
+
+
+def test_a_stream_gives_the_views_of_its_exported_frames(folder):
+    write_depth(folder, 0, np.arange(480 * 640).reshape(480, 640) % 5000)
+    exported = [(view, view.pixels()) for view in scannet.read_views(folder)]
+    content = pack_stream(folder, [0, 20, 100])
+    for kind in ("color", "depth", "pose"):
+        shutil.rmtree(folder / kind)
+    (folder / "scene0007_01.sens").write_bytes(content)
+    views = scannet.read_views(folder, every=5)
+    assert [view.name for view in views] == ["scene0007_01/0", "scene0007_01/100"]  # every 100th of the stream
+    for view, (other, pixels) in zip(views, exported, strict=True):
+        np.testing.assert_array_equal(view.depth, other.depth)
+        np.testing.assert_array_equal(view.pose, other.pose)
+        np.testing.assert_array_equal(view.pixels(), pixels)
+    assert pickle.loads(pickle.dumps(views))[1].name == "scene0007_01/100"
+
+
+def test_a_stream_that_is_cut_off_or_of_another_kind_is_refused(folder):
+    content = pack_stream(folder, [0])
+    shutil.rmtree(folder / "pose")
+    path = folder / "scene0007_01.sens"
+    path.write_bytes(content[:-500])
+    with pytest.raises(ValueError, match="scene0007_01.sens: truncated, the file ends in frame 0 of 1"):
+        scannet.read_views(folder)
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="truncated"):
+        scannet.read_views(folder)
+    path.write_bytes(b"\x03" + content[1:])
+    with pytest.raises(ValueError, match="not a .sens file of version 4, it starts with the number 3"):
+        scannet.read_views(folder)
+    compression = 4 + 8 + 4 + 256
+    path.write_bytes(content[:compression] + b"\0" + content[compression + 1 :])
+    with pytest.raises(ValueError, match="color compression 0 and depth compression 1, expected 2"):
+        scannet.read_views(folder)
+    path.write_bytes(content[:-40] + bytes(32) + content[-8:])
+    with pytest.raises(ValueError, match="scene0007_01.sens: depth of frame 0 is corrupt"):
+        scannet.read_views(folder)[0]
+
+
 @pytest.mark.parametrize("kind", ["color/0.jpg", "depth/0.png", "pose/0.txt"])
 def test_a_missing_file_of_a_frame_is_named(folder, kind):
     (folder / kind).unlink()
@@ -127,7 +186,7 @@ def test_a_folder_without_poses_names_the_first_of_them(folder):
 
 
 def test_a_folder_without_frames_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no frames; export the .sens file"):
+    with pytest.raises(FileNotFoundError, match="no frames; download the .sens file, or export it"):
         scannet.read_views(tmp_path)
 
 
@@ -145,13 +204,16 @@ def test_a_pose_file_that_is_no_matrix_is_named(folder, text):
         scannet.read_views(folder)
 
 
-def test_depth_that_is_cut_off_or_of_8_bit_is_refused(folder):
+def test_depth_that_is_cut_off_of_8_bit_or_resized_is_refused(folder):
     path = folder / "depth/0.png"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="0.png: truncated or not a PNG"):
         scannet.read_views(folder)[0]
     Image.fromarray(np.zeros((480, 640), np.uint8)).save(path)
-    with pytest.raises(ValueError, match="0.png: expected 16-bit depth in millimetres, got uint8"):
+    with pytest.raises(ValueError, match="0.png: expected 16-bit depth, 1000 units to the metre, got uint8"):
+        scannet.read_views(folder)[0]
+    Image.fromarray(np.zeros((240, 320), np.uint16)).save(path)
+    with pytest.raises(ValueError, match="0.png: 320 x 240 pixels, expected the camera's 640 x 480"):
         scannet.read_views(folder)[0]
 
 
@@ -162,6 +224,10 @@ def test_the_real_scene_has_its_published_classes(shared):
     np.testing.assert_array_equal(scene.labels, NYU40_TO_SCANNET20[nyu40])
     assert (len(scene.points), (scene.labels == 0).sum(), (scene.labels == 12).sum()) == (81369, 13899, 1897)
     np.testing.assert_allclose((scene.labels != 255).mean(), 0.731, atol=5e-4)
+    all_labels = scannet.read_scene(folder, "nyu40").labels
+    counts = {name: int((all_labels == i).sum()) for i, name in enumerate(LABEL_SETS["nyu40"].classes)}
+    assert (counts["otherprop"], counts["ceiling"], counts["mirror"]) == (7330, 2509, 151)
+    assert (all_labels == 255).sum() == 4357
 
 
 def test_the_real_v1_label_file_is_refused_not_mistaken(shared, tmp_path):

@@ -1,0 +1,102 @@
+"""GGSD on nuScenes with the hyper-parameters of the paper.
+
+  python -m ggsd_jax.main --config=configs/nuscenes.py --workdir=out/nuscenes --config.data.root=/data/nuscenes \\
+      --config.data.lists=/data/nuscenes/lists --config.text.encoder=/data/clip_nuscenes16.npz
+
+Download from nuscenes.org the trainval metadata, all ten file blobs (samples and sweeps; with `data.sweeps=1` the
+keyframe blobs suffice) and nuScenes-lidarseg, and unpack them into one folder: `v1.0-trainval/`, `samples/`,
+`sweeps/`, `lidarseg/`. The tables do not say which driving scenes are for training: `data.lists` holds `train.txt`
+and `val.txt`, names such as scene-0061 one per line (`nuscenes.utils.splits` of the official development kit lists
+the 700 and 150). The mini release is read with `--config.data.version=v1.0-mini` and lists of its ten scenes.
+
+A scene here is a keyframe (28,130 for training, 6,019 for validation): its sweep, whose points have labels and 2D
+features, and older sweeps brought to its frame. About 20,000 of its points are in an image; with OpenSeg's 768 channels
+the prepared data takes 31 MB a keyframe, a terabyte in all, and twice that while it is prepared.
+
+OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
+--config.data.root=/data/nuscenes_3d --config.data.features=/data/nuscenes_multiview_openseg`.
+
+The paper trains on four A100 (80 GB) in about a day with OpenSeg as the teacher and reports 46.1 mIoU, 59.2 mAcc on
+the validation keyframes. The teacher here is simulated from the labels of the scenes.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 16
+    config.stage1_epochs = 70
+    config.stage2_epochs = 30
+    config.cpu_devices = 1  # replicas where there is no accelerator
+    config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
+    config.log_every = 50
+    config.checkpoint_every = 1000
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "nuscenes"
+    config.data.root = ""
+    config.data.version = "v1.0-trainval"  # folder of the tables in data.root
+    config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
+    config.data.lists = ""  # folder of train.txt and val.txt; default: data.root
+    config.data.sweeps = 8  # of 20 a second, the keyframe's among them: what OpenScene's clouds hold
+    config.data.features = ""  # with data.name=openscene, the folder of its fused features
+    config.data.label_set = "nuscenes16"
+    config.data.voxel_size = 0.05  # metres
+    config.data.chunks = 1
+    config.data.chunk_points = 40_000  # all of a keyframe
+    config.data.augment = False
+    config.data.input_color = False
+    config.data.loop = 1  # visits of a scene in one epoch
+    config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
+    config.data.max_voxels = 1_000_000  # per replica: larger ones are cropped
+    config.data.workers = 0
+    config.data.prepare_workers = 4  # processes that read scenes and cut superpoints; 0: in the main one
+
+    config.superpoints = ml_collections.ConfigDict()
+    config.superpoints.voxel_resolution = 0.25  # the rings of a lidar lie this far apart
+    config.superpoints.seed_resolution = 1.0
+    config.superpoints.color_importance = 0.0  # a lidar sees none
+    config.superpoints.spatial_importance = 0.4
+    config.superpoints.normal_importance = 1.0
+
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.fragment_mistakes = 0.1
+    config.teacher.view_mistakes = 0.18
+    config.teacher.temperature = 0.25
+    config.teacher.fragment_size = 1.0  # metres
+    config.teacher.ambiguity = 0.15
+    config.teacher.bleeding = 0.01
+    config.teacher.lighting = 0.4
+    config.teacher.pixel_noise = 1.0
+    config.teacher.seed = 0
+
+    config.text = ml_collections.ConfigDict()
+    config.text.encoder = ""  # an .npz with the CLIP embedding of each class name
+    config.text.prompt = "a {} in a scene"
+
+    config.model = ml_collections.ConfigDict()
+    config.model.arch = "MinkUNet18A"
+    config.model.width = 1.0
+    config.model.dtype = "float32"
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.distill_weight = 1.0
+    config.loss.superpoint_weight = 1.0  # 0: pixel-point distillation
+    config.loss.self_weight = 1.0
+    config.loss.temperature = 0.01
+    config.loss.label_source = "ema"  # or fixed_3d (the network at the end of stage 1), fixed_2d (the 2D features)
+    config.loss.voting = True
+    config.loss.ema_momentum = 0.999
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.power = 0.9
+    config.optimizer.openscene_lr_quirk = False
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.repeats = 5
+    config.eval.pictures = 2  # scenes to draw
+    return config

@@ -1,0 +1,90 @@
+"""GGSD on Replica, which has no labels: train on its eight scenes, then ask them anything.
+
+  python -m ggsd_jax.main --config=configs/replica.py --workdir=out/replica --mode=prepare \\
+      --config.data.root=/data/Replica --config.text.encoder=/data/clip_matterport21_vitb32_512.npz
+
+then the same with `--mode=train`; there is nothing to score. `data.root` is either Replica as rendered for NICE-SLAM
+(cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: `office0_mesh.ply`, `office0/traj.txt`, `office0/results/`, ...) or
+OpenScene's `replica_processed` (`replica_3d/`, `replica_2d/`); every 10th frame is used. The 2D teacher has to be a
+real network: the simulated one looks at labels.
+
+OpenScene only shows pictures of Replica, made with a network trained elsewhere, and the paper does not use it: there
+are no hours to expect and no score to compare. The hyper-parameters are those of the paper's indoor data sets.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 8
+    config.stage1_epochs = 70
+    config.stage2_epochs = 30
+    config.cpu_devices = 1  # replicas where there is no accelerator
+    config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
+    config.log_every = 50
+    config.checkpoint_every = 1000
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "replica"
+    config.data.root = ""
+    config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
+    config.data.label_set = "matterport21"  # words for the loss; ask for any others later
+    config.data.voxel_size = 0.02  # metres
+    config.data.chunks = 5
+    config.data.chunk_points = 20_000
+    config.data.augment = True
+    config.data.input_color = False
+    config.data.loop = 5  # visits of a scene in one epoch
+    config.data.min_voxels = 0  # per replica: smaller batches are padded up to this, and share one compiled step
+    config.data.max_voxels = 1_500_000  # per replica: larger ones are cropped
+    config.data.workers = 0
+    config.data.prepare_workers = 4  # processes that read scenes and cut superpoints; 0: in the main one
+
+    config.superpoints = ml_collections.ConfigDict()
+    config.superpoints.voxel_resolution = 0.05
+    config.superpoints.seed_resolution = 0.5
+    config.superpoints.color_importance = 0.2
+    config.superpoints.spatial_importance = 0.4
+    config.superpoints.normal_importance = 1.0
+
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.fragment_mistakes = 0.1
+    config.teacher.view_mistakes = 0.18
+    config.teacher.temperature = 0.25
+    config.teacher.fragment_size = 1.0  # metres
+    config.teacher.ambiguity = 0.15
+    config.teacher.bleeding = 0.01
+    config.teacher.lighting = 0.4
+    config.teacher.pixel_noise = 1.0
+    config.teacher.seed = 0
+
+    config.text = ml_collections.ConfigDict()
+    config.text.encoder = ""  # an .npz with the CLIP embedding of each class name
+    config.text.prompt = "a {} in a scene"
+
+    config.model = ml_collections.ConfigDict()
+    config.model.arch = "MinkUNet18A"
+    config.model.width = 1.0
+    config.model.dtype = "float32"
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.distill_weight = 1.0
+    config.loss.superpoint_weight = 1.0  # 0: pixel-point distillation
+    config.loss.self_weight = 1.0
+    config.loss.temperature = 0.01
+    config.loss.label_source = "ema"  # or fixed_3d (the network at the end of stage 1), fixed_2d (the 2D features)
+    config.loss.voting = True
+    config.loss.ema_momentum = 0.999
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.power = 0.9
+    config.optimizer.openscene_lr_quirk = False
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.repeats = 5
+    config.eval.pictures = 2  # scenes to draw
+    return config

@@ -1,0 +1,287 @@
+"""A folder of your own: point clouds, with posed images or without.
+
+LAYOUT says what it holds; errors repeat the part that is missing.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64, Shaped
+from PIL import Image
+
+from data.frames import Views, read_depth, read_pose
+from data.labels import IGNORE
+from data.pcd import read_pcd_columns
+from data.projection import adjust_intrinsics
+from data.scene import Scene, View, read_ply, read_ply_columns, resize_nearest
+from data.virtual_camera import point_spacing, splat
+
+log = logging.getLogger(__name__)
+
+LAYOUT = """
+  <root>/<scene>/           a folder per scene, or just the cloud file <root>/<scene>.ply (beside which images/ and
+                            so on may lie, if it is the only one)
+    cloud.ply               or cloud.pcd, cloud.npz (data.scene.Scene), cloud.xyz (a line per point: x y z, or
+                            x y z red green blue); metres, z up; optionally with a label per point
+    images/K.jpg            or K.png; K is any name
+    poses/K.txt             16 numbers, the camera-to-world matrix; the camera looks along +z, y down; metres
+    intrinsics.txt          fx fy cx cy in pixels of the images, or the 3x3 or 4x4 matrix; or intrinsics/K.txt
+    depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image"""
+
+CLOUD_SUFFIXES = (".ply", ".pcd", ".npz", ".xyz")
+LONGEST_SIDE = 640  # pixels of the grid of 2D features
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
+    """The cloud file of each scene of a folder, by the scene's name, in alphabetical order.
+
+    Raises:
+      ValueError: there is no scene, two have the same name, or a scene's folder holds several clouds; the
+        message shows the layout.
+    """
+    root = Path(root)
+    clouds: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = [file for file in files if file.suffix.lower() in CLOUD_SUFFIXES]
+        if not inside:
+            continue
+        if len(inside) > 1:
+            names = ", ".join(file.name for file in inside)
+            raise ValueError(f"{path}: holds the clouds {names}, expected one; expected:{LAYOUT}")
+        name = path.name if path.is_dir() else path.stem
+        if name in clouds:
+            raise ValueError(f"{root}: two scenes are called {name!r}: {clouds[name]} and {inside[0]}; rename one")
+        clouds[name] = inside[0]
+    if not clouds:
+        raise ValueError(f"{root}: no point cloud found; expected:{LAYOUT}")
+    if (root / "images").is_dir() and sum(file.parent == root for file in clouds.values()) > 1:
+        raise ValueError(f"{root}: images/ lies beside several clouds; give each a folder of its own:{LAYOUT}")
+    return clouds
+
+
+def read_cloud(path: str | os.PathLike, scale: float = 1.0) -> Scene:
+    """Points, and where the file has them colours, normals and labels, of a cloud named after its file.
+
+    Args:
+      path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
+      scale: metres per unit of the file: 0.001 where it is in millimetres.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another kind of file, a corrupt one, or a cloud of a size that is not in metres.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in CLOUD_SUFFIXES:
+        raise ValueError(f"{path}: expected one of {', '.join(CLOUD_SUFFIXES)}")
+    try:
+        match path.suffix.lower():
+            case ".ply":
+                scene = _with_labels(read_ply(path), read_ply_columns(path).get("label"))
+            case ".npz":
+                scene = Scene.load_npz(path)
+            case ".pcd":
+                columns = read_pcd_columns(path)
+                scene = _with_labels(_scene_of_columns(path, columns), columns.get("label"))
+            case _:
+                scene = _scene_of_columns(path, _read_text(path))
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    points = scene.points * np.float32(scale)
+    _check_metres(path, points, scale)
+    return dataclasses.replace(scene, points=points)
+
+
+def _scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
+    missing = [axis for axis in "xyz" if axis not in columns]
+    if missing:
+        raise ValueError(f"{path}: the points have no {', '.join(missing)}; found: {', '.join(columns)}")
+
+    def stacked(*names: str) -> np.ndarray | None:
+        return np.stack([columns[n] for n in names], axis=1) if all(n in columns for n in names) else None
+
+    normals = stacked("normal_x", "normal_y", "normal_z")
+    return Scene(
+        path.stem,
+        stacked("x", "y", "z").astype(np.float32),
+        stacked("red", "green", "blue"),
+        None if normals is None else np.nan_to_num(normals.astype(np.float32)),
+    )
+
+
+def _with_labels(scene: Scene, labels: Shaped[np.ndarray, " N"] | None) -> Scene:
+    if labels is None:
+        return scene
+    bad = np.flatnonzero(~((labels >= 0) & (labels <= IGNORE) & (labels == np.trunc(labels))))
+    if bad.size:
+        raise ValueError(f"label of point {bad[0]} is {labels[bad[0]]}, expected 0..254, or 255 = ignore")
+    return dataclasses.replace(scene, labels=labels.astype(np.int32))
+
+
+def _read_text(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a text file of 3 or 6 numbers per line, separated by blanks or commas; # begins a comment."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        cells = re.split(r"[\s,;]+", line.split("#")[0].strip())
+        if cells == [""]:
+            continue
+        if len(cells) not in (3, 6) or (rows and len(cells) != len(rows[0])):
+            raise ValueError(f"{path}: line {number} is {line.strip()[:60]!r}, expected x y z, or x y z red green blue")
+        try:
+            rows.append([float(cell) for cell in cells])
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is {line.strip()[:60]!r}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no points; expected a line x y z for each")
+    table = np.array(rows)
+    columns = dict(zip("xyz", table.T[:3], strict=True))
+    if table.shape[1] == 6:
+        colors = table[:, 3:]
+        if not ((colors >= 0) & (colors <= 255)).all():
+            row = np.flatnonzero(~((colors >= 0) & (colors <= 255)).all(axis=1))[0]
+            raise ValueError(f"{path}: colors of point {row} are {colors[row]}, expected 0..255, or 0..1 for all")
+        colors = np.round(colors * (255 if colors.max() <= 1 else 1)).astype(np.uint8)
+        columns |= dict(zip(("red", "green", "blue"), colors.T, strict=True))
+    return columns
+
+
+def _check_metres(path: Path, points: Float32[np.ndarray, "N 3"], scale: float) -> None:
+    """Nothing to be segmented is hundreds of metres thick in its thinnest direction, or lost within centimetres."""
+    low, high = np.percentile(points, [1, 99], axis=0)
+    extent = high - low
+    shown = " x ".join(f"{side:.3g}" for side in extent)
+    if extent.min() > 200:
+        raise ValueError(
+            f"{path}: the cloud measures {shown} m; is it in millimetres? Then say so: data.scale={scale * 0.001:g} "
+            f"(centimetres: {scale * 0.01:g})"
+        )
+    if len(points) > 100 and extent.max() < 0.05:
+        raise ValueError(
+            f"{path}: the cloud measures {shown} m; data.scale is {scale:g} metres to the unit of the file"
+        )
+
+
+def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth_units: float = 1000.0) -> Views | None:
+    """The posed images beside a cloud file as views; None where there is no folder images/.
+
+    A view's pixel grid has the image's shape and at most 640 pixels in its longer side.  A view without a depth
+    image sees what the cloud itself does not hide, its points drawn as squares as wide as they lie apart.
+    Frames without a finite pose are left out and logged.
+
+    Args:
+      cloud: the cloud file of the scene.
+      scene: what `read_cloud` gives for it.
+      scale: metres per unit of the poses.
+      depth_units: units of depth images in a metre.
+
+    Raises:
+      FileNotFoundError: an image has no pose, there are no intrinsics, or a frame lacks its own ones or its depth.
+      ValueError: no image, a pose that is no rigid motion, intrinsics that are not of the image, or depth of
+        another shape (checked when it is read).
+    """
+    folder = Path(cloud).resolve().parent
+    if not (folder / "images").is_dir():
+        return None
+    images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+    if not images:
+        raise ValueError(f"{folder}/images: holds no .jpg or .png; expected:{LAYOUT}")
+    has_depth = (folder / "depth").is_dir()
+    spacing = 1.5 * point_spacing(scene.points)
+    readers, lost = [], []
+    for image in images:
+        pose_path = folder / "poses" / f"{image.stem}.txt"
+        depth = folder / "depth" / f"{image.stem}.png" if has_depth else None
+        for needed in (pose_path, depth):
+            if needed is not None and not needed.is_file():
+                raise FileNotFoundError(f"{needed}: missing, but there is {image.name}; expected:{LAYOUT}")
+        pose = read_pose(pose_path)
+        if not np.isfinite(pose).all():
+            lost.append(image.stem)
+            continue
+        _check_rigid(pose_path, pose)
+        pose[:3, 3] *= scale
+        with Image.open(image) as file:
+            image_size = file.size
+        intrinsics = _read_intrinsics(folder, image.stem, image_size)
+        name = f"{scene.name}/{image.stem}"
+        if depth is None:
+            read = functools.partial(_read_splatted, name, pose, intrinsics, image_size, image, scene.points, spacing)
+        else:
+            read = functools.partial(_read_measured, name, pose, intrinsics, image_size, image, depth, depth_units)
+        readers.append(read)
+    if not readers:
+        raise ValueError(f"{folder}/poses: none of the {len(lost)} poses is finite")
+    if lost:
+        log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, ", ".join(lost), len(images))
+    return Views(readers)
+
+
+def _check_rigid(path: Path, pose: Float64[np.ndarray, "4 4"]) -> None:
+    if not np.allclose(pose[3], [0, 0, 0, 1], atol=1e-6):
+        hint = "; it is transposed, write it row by row" if np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6) else ""
+        raise ValueError(f"{path}: the last row is {pose[3]}, expected 0 0 0 1{hint}")
+    rotation = pose[:3, :3]
+    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) or np.linalg.det(rotation) < 0:
+        raise ValueError(
+            f"{path}: its left upper 3x3 part is no rotation; expected a camera-to-world matrix without scaling or "
+            "mirroring, the camera looking along +z with y down"
+        )
+
+
+def _read_intrinsics(folder: Path, name: str, size: tuple[int, int]) -> Float64[np.ndarray, "3 3"]:
+    path = folder / "intrinsics.txt"
+    if not path.is_file():
+        path = folder / "intrinsics" / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: neither intrinsics.txt nor intrinsics/{name}.txt is there; expected:{LAYOUT}"
+        )
+    try:
+        values = np.array(path.read_text().split(), np.float64)
+        side = {9: 3, 16: 4}.get(values.size)
+        matrix = np.eye(3)
+        if side is not None:
+            matrix[:2] = values.reshape(side, side)[:2, :3]
+        else:
+            matrix[[0, 1, 0, 1], [0, 1, 2, 2]] = values
+    except ValueError as error:
+        raise ValueError(f"{path}: expected fx fy cx cy, or a 3x3 or 4x4 matrix ({error})") from None
+    fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]
+    if not (fx > 0 and fy > 0 and 0 < cx < size[0] and 0 < cy < size[1]):
+        raise ValueError(
+            f"{path}: fx {fx:g}, fy {fy:g}, cx {cx:g}, cy {cy:g} are not of an image of {size[0]} x {size[1]} pixels; "
+            "give the intrinsics of the images as they are"
+        )
+    return matrix
+
+
+def _grid(intrinsics: Float64[np.ndarray, "3 3"], image_size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    shrink = min(1.0, LONGEST_SIDE / max(image_size))
+    size = (round(image_size[0] * shrink), round(image_size[1] * shrink))
+    return adjust_intrinsics(intrinsics, image_size, size), size
+
+
+def _read_splatted(name, pose, intrinsics, image_size, image: Path, points, spacing: float) -> View:
+    intrinsics, size = _grid(intrinsics, image_size)
+    depth, _ = splat(points, pose, intrinsics, size, spacing)
+    return View(name, pose, intrinsics, size, depth, image)
+
+
+def _read_measured(name, pose, intrinsics, image_size, image: Path, depth_path: Path, depth_units: float) -> View:
+    intrinsics, size = _grid(intrinsics, image_size)
+    depth = read_depth(depth_path, depth_units)
+    height, width = depth.shape
+    if abs(width * image_size[1] / (height * image_size[0]) - 1) > 0.02:
+        raise ValueError(
+            f"{depth_path}: {width} x {height} pixels are not the shape of {image.name}, {image_size[0]} x "
+            f"{image_size[1]}; depth has to be registered to the image"
+        )
+    return View(name, pose, intrinsics, size, resize_nearest(depth, size), image)

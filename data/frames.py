@@ -1,0 +1,70 @@
+"""Frames on disk: depth images, pose files, and views that are read each time they are asked for."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64
+from PIL import Image
+
+from data.scene import View
+
+
+class Views(Sequence):
+    """Views that are read when they are asked for, so that one depth image at a time is in memory.
+
+    Args:
+      readers: for each view the function that reads it; functools.partial of one keeps them fit for another
+        process.
+    """
+
+    def __init__(self, readers: Sequence[Callable[[], View]]):
+        self._readers = list(readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __getitem__(self, index: int) -> View:
+        return self._readers[index]()
+
+
+def read_depth(
+    path: str | os.PathLike, units_per_metre: float, size: tuple[int, int] | None = None
+) -> Float32[np.ndarray, "h w"]:
+    """The depth image in metres, 0 = no reading; of the given size = (w, h), where the camera has one.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is truncated, no image, not of 16 bit in one channel, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            units = np.asarray(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or not a PNG image ({error}); export the frame again") from error
+    if units.ndim != 2 or units.dtype.itemsize < 2:
+        raise ValueError(
+            f"{path}: expected 16-bit depth, {units_per_metre:g} units to the metre, got {units.dtype} {units.shape}"
+        )
+    if size is not None and units.shape != size[::-1]:
+        raise ValueError(
+            f"{path}: {units.shape[1]} x {units.shape[0]} pixels, expected the camera's {size[0]} x {size[1]}; "
+            "is the depth of this camera, not resized?"
+        )
+    return (units / units_per_metre).astype(np.float32)
+
+
+def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:
+    """The camera-to-world matrix in a text file of 16 numbers; it may hold -inf or nan, as of lost frames.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: there are not 16 numbers in it.
+    """
+    try:
+        return np.array(Path(path).read_text().split(), dtype=np.float64).reshape(4, 4)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None

@@ -1,0 +1,326 @@
+"""The raw scenes of every data set that `data.name` can name, and the host's share of preparing them.
+
+Nothing here needs JAX: scenes are read and cut into superpoints in worker processes.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from data import folder, matterport, nuscenes, openscene, replica, scannet, semantickitti
+from data.scene import Scene, View
+from data.superpoints import vccs
+from data.synthetic import generate_room, room_seeds
+from data.virtual_camera import look_around_views
+
+
+class RawScene(NamedTuple):
+    """A scene before it has superpoints and 2D features, and the views its features come from.
+
+    border and tolerance are those of `data.projection.project`; only the first `num_supervised` points may get
+    a feature (None: all).  A scene that comes with its features needs no views.
+    """
+
+    scene: Scene
+    views: Iterable[View]
+    border: int
+    tolerance: float = 0.25
+    num_supervised: int | None = None
+
+
+class LeftOut(Exception):
+    """A scene that the rules of its data set leave out; the message says why."""
+
+
+Readers = dict[str, Callable[[], RawScene]]
+"""By the name of each scene the function that reads it; it can be sent to another process."""
+
+
+def cut_superpoints(read: Callable[[], RawScene], settings: dict) -> RawScene | LeftOut:
+    """What `read` gives, with the VCCS superpoints of these settings; LeftOut is returned, not raised."""
+    try:
+        raw = read()
+    except LeftOut as reason:
+        return reason
+    scene = raw.scene
+    superpoints = vccs(scene.points, scene.colors, scene.normals, **settings)
+    return raw._replace(scene=dataclasses.replace(scene, superpoints=superpoints))
+
+
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """function(item) for each item in order, made ahead of time by `workers` processes; 0: in this one."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # JAX's threads do not survive a fork
+    try:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------- the data sets
+
+
+def synthetic(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """Generated rooms, `data.train_rooms` and `data.val_rooms` of them."""
+
+    def rooms(split: str) -> Readers:
+        count = config.data[f"{split}_rooms"]
+        if count < 1:
+            raise ValueError(f"data.{split}_rooms is {count}, expected at least 1")
+        return {f"room {seed}": functools.partial(read_room, seed) for seed in room_seeds(split, count)}
+
+    return {split: rooms(split) for split in ("train", "val")}
+
+
+def read_room(seed: int) -> RawScene:
+    return RawScene(*generate_room(seed), border=0)
+
+
+def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """Scenes that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt`.
+
+    A scene is a folder `scans/<scene>` with mesh, labels and frames, or a neutral `<scene>.npz`, which
+    simulated cameras look at.
+    """
+    _expect_label_set(config, *scannet.LABEL_TABLES)
+    root = Path(config.data.root)
+
+    def scans(split: str) -> Readers:
+        listed = _read_list(config, f"scannetv2_{split}.txt")
+        found = {}
+        for name in listed:
+            if (root / "scans" / name).is_dir():
+                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set)
+            elif (root / f"{name}.npz").is_file():
+                found[name] = functools.partial(_read_npz, root / f"{name}.npz")
+        logging.info("%d of %d listed scenes found (scannetv2_%s.txt)", len(found), len(listed), split)
+        return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
+
+    return {split: scans(split) for split in ("train", "val")}
+
+
+def _read_scan(folder: Path, label_set: str) -> RawScene:
+    return RawScene(scannet.read_scene(folder, label_set), scannet.read_views(folder), border=scannet.BORDER)
+
+
+def _read_npz(path: Path) -> RawScene:
+    scene = Scene.load_npz(path)
+    return RawScene(scene, _look_around(path, scene), border=0)
+
+
+def _look_around(path: Path, scene: Scene) -> list[View]:
+    try:
+        return look_around_views(scene.points, seed=zlib.crc32(scene.name.encode()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The regions of the buildings listed in `scenes_train.txt`, and in `scenes_test.txt` for "val".
+
+    OpenScene scores the test buildings. Beside the lists lies `category_mapping.tsv`.
+    """
+    _expect_label_set(config, *matterport.LABEL_SET_NAMES)
+    root = Path(config.data.root)
+    table = Path(config.data.lists or config.data.root) / "category_mapping.tsv"
+    class_of_category = matterport.read_categories(table, config.data.label_set)
+
+    def regions(list_name: str, nearest: int) -> Readers:
+        listed = _read_list(config, list_name)
+        found = {
+            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest)
+            for building in listed
+            for mesh in sorted((root / building / "region_segmentations").glob("region*.ply"))
+        }
+        present = sum((root / building).is_dir() for building in listed)
+        logging.info("%d regions in %d of %d listed buildings (%s)", len(found), present, len(listed), list_name)
+        return _some(found, listed, list_name, f"{root}/<building>/region_segmentations/")
+
+    return {"train": regions("scenes_train.txt", 0), "val": regions("scenes_test.txt", matterport.NEAREST)}
+
+
+def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int) -> RawScene:
+    scene = matterport.read_region(mesh, class_of_category)
+    cameras = _cameras_of_building(mesh.parent.parent)
+    chosen = matterport.cameras_of_region(cameras, scene.points, nearest)
+    if not chosen:
+        raise LeftOut("no camera stands in it")
+    return RawScene(scene, matterport.read_views(chosen), matterport.BORDER, matterport.DEPTH_TOLERANCE)
+
+
+_cameras_of_building = functools.lru_cache(maxsize=2)(matterport.read_cameras)
+
+
+def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with `data.sweeps` sweeps each."""
+    _expect_label_set(config, "nuscenes16")
+
+    listed = {split: set(_read_list(config, f"{split}.txt")) for split in ("train", "val")}
+    keyframes = nuscenes.read_keyframes(
+        config.data.root, config.data.version, sorted(set.union(*listed.values())), config.data.sweeps
+    )
+    return {
+        split: {k.token: functools.partial(_read_keyframe, k) for k in keyframes if k.scene in scenes}
+        for split, scenes in listed.items()
+    }
+
+
+def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:
+    scene, own = nuscenes.read_scene(keyframe)
+    return RawScene(scene, nuscenes.read_views(keyframe), border=nuscenes.BORDER, num_supervised=own)
+
+
+def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The scans of `sequences/00` to `10` that are there; 08 is "val"."""
+    _expect_label_set(config, "semantickitti19")
+    root = Path(config.data.root) / "sequences"
+
+    def scans(sequences: tuple[str, ...]) -> Readers:
+        paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("*.bin"))]
+        found = {f"{path.parent.parent.name}_{path.stem}": functools.partial(_read_lidar_scan, path) for path in paths}
+        return _some(found, list(sequences), "SemanticKITTI", f"{root}/<sequence>/velodyne/")
+
+    return {"train": scans(semantickitti.TRAIN), "val": scans(semantickitti.VAL)}
+
+
+def _read_lidar_scan(path: Path) -> RawScene:
+    return RawScene(semantickitti.read_scan(path), semantickitti.read_views(path), semantickitti.BORDER)
+
+
+def replica_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The eight scenes of Replica, as far as they are there; without labels there is no "val"."""
+    root = config.data.root
+    found = {name: functools.partial(_read_replica, root, name) for name in replica.scenes(root)}
+    places = f"{root}/<scene>_mesh.ply or {root}/replica_3d/<scene>.pth"
+    return {"train": _some(found, list(replica.SCENES), "Replica", places)}
+
+
+def _read_replica(root: str, name: str) -> RawScene:
+    views = replica.read_views(root, name)
+    return RawScene(replica.read_scene(root, name), views, replica.BORDER, replica.DEPTH_TOLERANCE)
+
+
+def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """The scenes of a folder of the user's own, laid out as `data.folder.LAYOUT` says.
+
+    Those listed in `val.txt`, if there is one, are "val" and must be labelled; all others are for training.
+    """
+    clouds = folder.find_scenes(config.data.root)
+    listed = set()
+    if (Path(config.data.lists or config.data.root) / "val.txt").is_file():
+        listed = set(_read_list(config, "val.txt"))
+    unknown = sorted(listed - clouds.keys())
+    if unknown:
+        raise ValueError(
+            f"val.txt lists {unknown[0]!r}, which is not in {config.data.root}; there: {', '.join(clouds)}"
+        )
+    readers = {
+        name: functools.partial(_read_own, name, path, config.data.scale, config.data.depth_units)
+        for name, path in clouds.items()
+    }
+    splits = {
+        "train": {name: read for name, read in readers.items() if name not in listed},
+        "val": {name: read for name, read in readers.items() if name in listed},
+    }
+    return {split: scenes for split, scenes in splits.items() if scenes}
+
+
+def _read_own(name: str, path: Path, scale: float, depth_units: float) -> RawScene:
+    scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
+    if scene.features is not None:
+        return RawScene(scene, views=(), border=0)
+    views = folder.read_views(path, scene, scale, depth_units)
+    if views is None and scene.labels is None:
+        raise LeftOut(f"it has neither images nor labels to simulate them from; expected:{folder.LAYOUT}")
+    return RawScene(scene, _look_around(path, scene) if views is None else views, border=0)
+
+
+def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+    """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of `data.features`.
+
+    As in OpenScene, a scene without a feature file is left out.
+    """
+    root, features = Path(config.data.root), Path(config.data.features)
+    if not config.data.features or not features.is_dir():
+        raise FileNotFoundError(
+            f"data.features is {config.data.features!r}: expected the folder with OpenScene's fused features, "
+            "e.g. scannet_multiview_lseg"
+        )
+
+    def scenes(split: str) -> Readers:
+        paths = sorted((root / split).glob("*.pth"))
+        found = {path.stem: functools.partial(_read_preprocessed, path, features) for path in paths}
+        return _some(found, paths, f"split '{split}'", f"{root}/{split}/*.pth")
+
+    return {"train": scenes("train"), "val": scenes("val" if (root / "val").is_dir() else "test")}
+
+
+def _read_preprocessed(path: Path, folder: Path) -> RawScene:
+    scene = openscene.read_scene(path)
+    try:
+        features, feature_index = openscene.read_features_of_scene(folder, scene.name, len(scene.points))
+    except FileNotFoundError as error:
+        raise LeftOut(str(error)) from error
+    scene = dataclasses.replace(scene, features=features, feature_index=feature_index)
+    return RawScene(scene, views=(), border=0)
+
+
+# ------------------------------------------------------------------------------------------- what they share
+
+
+def _expect_label_set(config: ml_collections.ConfigDict, *known: str) -> None:
+    if config.data.label_set not in known:
+        expected = " or ".join(repr(name) for name in known)
+        raise ValueError(f"data.label_set is {config.data.label_set!r}: {config.data.name} is read with {expected}")
+
+
+def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
+    """The names in a list file, one per line, in `data.lists`, or in `data.root` where that is empty."""
+    path = Path(config.data.lists or config.data.root) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; point data.lists at the folder with the lists of the data set")
+    names = path.read_text().split()
+    if not names:
+        raise ValueError(f"{path}: lists no scene; expected a name per line")
+    return names
+
+
+def _some(found: Readers, listed: Sequence, source: str, places: str) -> Readers:
+    """`found`, if anything is."""
+    if not found:
+        raise ValueError(
+            f"none of the {len(listed)} scenes of {source} is there, looked for {places}: download some, or "
+            "point data.root at them"
+        )
+    return found
+
+
+DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] = {
+    "synthetic": synthetic,
+    "scannet": scannet_scans,
+    "matterport": matterport_regions,
+    "nuscenes": nuscenes_keyframes,
+    "semantickitti": semantickitti_scans,
+    "replica": replica_scenes,
+    "folder": folder_scenes,
+    "openscene": openscene_scenes,
+}
+"""By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""

@@ -1,0 +1,244 @@
+"""A folder of the user's own: every kind of cloud, posed images, and what the errors teach."""
+
+import dataclasses
+import logging
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import folder
+from data.projection import project
+from data.scene import Scene, write_ply
+from ggsd_jax import prepare
+
+RNG = np.random.default_rng(0)
+POINTS = np.round(RNG.uniform([0, 0, 0], [4, 3, 0.02], (2000, 3)), 3).astype(np.float32)  # a floor
+COLORS = RNG.integers(0, 256, (2000, 3)).astype(np.uint8)
+LABELS = (POINTS[:, 0] > 2).astype(np.int32)
+DOWN = np.array([[1, 0, 0, 2], [0, -1, 0, 1.5], [0, 0, -1, 3], [0, 0, 0, 1.0]])  # from 3 m above the middle
+
+
+def write_pcd(path: Path) -> None:
+    rgb = (COLORS.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)).astype(np.uint32)
+    rows = "\n".join(f"{x} {y} {z} {c} {label}" for (x, y, z), c, label in zip(POINTS, rgb, LABELS, strict=True))
+    path.write_text(
+        "VERSION 0.7\nFIELDS x y z rgb label\nSIZE 4 4 4 4 4\nTYPE F F F U U\nCOUNT 1 1 1 1 1\nWIDTH 2000\nHEIGHT 1\n"
+        f"POINTS 2000\nDATA ascii\n{rows}\n"
+    )
+
+
+def write_xyz(path: Path) -> None:
+    rows = [f"{x}, {y} {z}\t{r} {g} {b}" for (x, y, z), (r, g, b) in zip(POINTS, COLORS, strict=True)]
+    path.write_text("\n".join(["# x y z red green blue", "", *rows]))
+
+
+WRITERS = {
+    ".ply": lambda path: write_ply(path, POINTS, COLORS, label=LABELS),
+    ".npz": Scene("kitchen", POINTS, COLORS, labels=LABELS).save_npz,
+    ".pcd": write_pcd,
+    ".xyz": write_xyz,
+}
+
+
+@pytest.fixture
+def scene_folder(tmp_path) -> Path:
+    """A cloud with two images, of which the second has lost its pose."""
+    root = tmp_path / "kitchen"
+    for kind in ("images", "poses"):
+        (root / kind).mkdir(parents=True)
+    WRITERS[".ply"](root / "scan.ply")
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((960, 1280, 3), np.uint8)).save(root / f"images/{name}.png")
+    np.savetxt(root / "poses/a.txt", DOWN)
+    (root / "poses/b.txt").write_text("nan " * 16)
+    (root / "intrinsics.txt").write_text("1000 1000 639.5 479.5")
+    return root
+
+
+def views_of(root: Path, **settings) -> folder.Views:
+    return folder.read_views(root / "scan.ply", folder.read_cloud(root / "scan.ply"), **settings)
+
+
+@pytest.mark.parametrize("suffix", sorted(WRITERS))
+def test_the_same_cloud_is_read_from_every_kind_of_file(tmp_path, suffix):
+    WRITERS[suffix](tmp_path / f"kitchen{suffix}")
+    scene = folder.read_cloud(tmp_path / f"kitchen{suffix}")
+    assert scene.name == "kitchen"
+    np.testing.assert_array_equal(scene.points, POINTS)
+    np.testing.assert_array_equal(scene.colors, COLORS)
+    assert (scene.labels is None) == (suffix == ".xyz")
+    assert suffix == ".xyz" or (scene.labels == LABELS).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2 3\n1 2\n", "line 2 is '1 2', expected x y z, or x y z red green blue"),
+        ("1 2 3\n1 2 3 4 5 6\n", "line 2 is '1 2 3 4 5 6', expected"),
+        ("x y z\n", "line 1 is 'x y z': could not convert"),
+        ("# nothing\n", "holds no points"),
+        ("1 2 3 4 5 256\n", "colors of point 0 are .*expected 0..255"),
+        ("1 2 nan\n", "points row 0 is"),
+    ],
+)
+def test_a_text_cloud_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "a.xyz").write_text(text)
+    with pytest.raises(ValueError, match=f"a.xyz: .*{message}"):
+        folder.read_cloud(tmp_path / "a.xyz")
+
+
+def test_colors_of_a_text_cloud_may_be_shares_of_one(tmp_path):
+    (tmp_path / "a.xyz").write_text("0 0 0 1 0.5 0\n")
+    assert folder.read_cloud(tmp_path / "a.xyz").colors.tolist() == [[255, 128, 0]]
+
+
+def test_a_scan_in_millimetres_is_noticed(tmp_path):
+    room = np.concatenate([POINTS, POINTS + np.array([0, 0, 2.5], np.float32)])
+    write_ply(tmp_path / "a.ply", room * 1000)
+    with pytest.raises(ValueError, match="a.ply: the cloud measures .* millimetres. .* data.scale=0.001"):
+        folder.read_cloud(tmp_path / "a.ply")
+    np.testing.assert_allclose(folder.read_cloud(tmp_path / "a.ply", scale=0.001).points, room, atol=1e-6)
+    write_ply(tmp_path / "a.ply", room / 1000)
+    with pytest.raises(ValueError, match="a.ply: the cloud measures 0.00.*data.scale is 1 metres to the unit"):
+        folder.read_cloud(tmp_path / "a.ply")
+
+
+def test_labels_that_are_no_ids_are_refused(tmp_path):
+    write_ply(tmp_path / "a.ply", POINTS, label=np.full(2000, 256))
+    with pytest.raises(ValueError, match="a.ply: label of point 0 is 256, expected 0..254"):
+        folder.read_cloud(tmp_path / "a.ply")
+
+
+# ------------------------------------------------------------------------------------------------------ views
+
+
+def test_images_without_depth_see_the_cloud_that_nothing_of_it_hides(scene_folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        views = views_of(scene_folder)
+    assert "left out frames without a finite pose: b (of 2)" in caplog.text
+    (view,) = views
+    assert view.name == "scan/a" and view.size == (640, 480) and view.pixels().shape == (480, 640, 3)
+    under = POINTS - np.array([0, 0, 1], np.float32)
+    seen, hidden = (project(p, view.pose, view.intrinsics, view.size, view.depth) for p in (POINTS, under))
+    inside = np.abs((POINTS - DOWN[:3, 3])[:, :2]).max(axis=1) < 1.3
+    assert seen.visible[inside].mean() > 0.99 and hidden.visible.sum() == 0
+
+
+def test_depth_is_in_its_own_units_and_registered_to_the_image(scene_folder):
+    (scene_folder / "depth").mkdir()
+    with pytest.raises(FileNotFoundError, match="depth/a.png: missing, but there is a.png"):
+        views_of(scene_folder)
+    for name in "ab":
+        Image.fromarray(np.full((480, 640), 12000, np.uint16)).save(scene_folder / f"depth/{name}.png")
+    (view,) = views_of(scene_folder, depth_units=4000.0)
+    assert view.size == (640, 480) and (view.depth == 3).all()
+    Image.fromarray(np.zeros((480, 480), np.uint16)).save(scene_folder / "depth/a.png")
+    with pytest.raises(ValueError, match="a.png: 480 x 480 pixels are not the shape of a.png, 1280 x 960"):
+        views_of(scene_folder)[0]
+
+
+def test_poses_have_the_unit_of_the_cloud(scene_folder):
+    np.savetxt(scene_folder / "poses/a.txt", DOWN * np.array([[1, 1, 1, 1000]] * 3 + [[1, 1, 1, 1]]))
+    scene = folder.read_cloud(scene_folder / "scan.ply")
+    np.testing.assert_allclose(folder.read_views(scene_folder / "scan.ply", scene, 0.001)[0].pose, DOWN)
+
+
+@pytest.mark.parametrize("text", ["1000 1000 639.5 479.5", "1000 0 639.5 0 1000 479.5 0 0 1", None])
+def test_intrinsics_are_numbers_or_matrices_for_all_images_or_for_each(scene_folder, text):
+    if text is None:
+        (scene_folder / "intrinsics.txt").unlink()
+        (scene_folder / "intrinsics").mkdir()
+        matrix = np.eye(4)
+        matrix[[0, 1, 0, 1], [0, 1, 2, 2]] = 1000, 1000, 639.5, 479.5
+        np.savetxt(scene_folder / "intrinsics/a.txt", matrix)
+    else:
+        (scene_folder / "intrinsics.txt").write_text(text)
+    intrinsics = views_of(scene_folder)[0].intrinsics
+    np.testing.assert_allclose(intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], [500, 500, 319.5, 239.5], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("intrinsics.txt", "1000 1000 639.5", ValueError, "intrinsics.txt: expected fx fy cx cy, or a 3x3"),
+        ("intrinsics.txt", "9 9 1500 700", ValueError, "cx 1500, cy 700 are not of an image of 1280 x 960"),
+        (
+            "intrinsics.txt",
+            None,
+            FileNotFoundError,
+            r"neither intrinsics.txt nor intrinsics/a.txt is there; expected:\n  <root>",
+        ),
+        ("poses/a.txt", None, FileNotFoundError, r"poses/a.txt: missing, but there is a.png; expected:\n  <root>"),
+        ("poses/a.txt", "1 0 0", ValueError, "poses/a.txt: expected 16 numbers"),
+        ("poses/a.txt", DOWN.T, ValueError, "poses/a.txt: the last row is .*; it is transposed, write it row by row"),
+        ("poses/a.txt", DOWN * 2, ValueError, "poses/a.txt: the last row is"),
+        (
+            "poses/a.txt",
+            DOWN @ np.diag([1, 1, -1, 1]),
+            ValueError,
+            "poses/a.txt: its left upper 3x3 part is no rotation",
+        ),
+        ("poses/a.txt", "nan " * 16, ValueError, "poses: none of the 2 poses is finite"),
+    ],
+)
+def test_errors_teach_the_layout(scene_folder, file, content, error, message):
+    path = scene_folder / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content if isinstance(content, str) else " ".join(map(str, content.ravel())))
+    with pytest.raises(error, match=message):
+        views_of(scene_folder)
+
+
+# ----------------------------------------------------------------------------------------------- whole folders
+
+
+def test_scenes_are_folders_with_a_cloud_or_bare_clouds(tmp_path, scene_folder):
+    WRITERS[".xyz"](tmp_path / "hall.xyz")
+    (tmp_path / "notes").mkdir()
+    assert folder.find_scenes(tmp_path) == {"hall": tmp_path / "hall.xyz", "kitchen": scene_folder / "scan.ply"}
+    (scene_folder / "more.xyz").write_text("")
+    with pytest.raises(ValueError, match="kitchen: holds the clouds more.xyz, scan.ply, expected one"):
+        folder.find_scenes(tmp_path)
+    with pytest.raises(ValueError, match=r"notes: no point cloud found; expected:\n  <root>/<scene>/ "):
+        folder.find_scenes(tmp_path / "notes")
+    (tmp_path / "hall").mkdir()
+    (tmp_path / "hall/a.xyz").write_text("")
+    (scene_folder / "more.xyz").unlink()
+    with pytest.raises(ValueError, match="two scenes are called 'hall'"):
+        folder.find_scenes(tmp_path)
+    with pytest.raises(ValueError, match="images/ lies beside several clouds"):
+        WRITERS[".xyz"](scene_folder / "more.xyz")
+        folder.find_scenes(scene_folder)
+
+
+def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder):
+    room = np.concatenate([POINTS, POINTS[:, [0, 2, 1]] * [1, 1, 0.8]]).astype(np.float32)
+    labelled = Scene("hall", room, labels=np.r_[LABELS, LABELS])
+    labelled.save_npz(tmp_path / "hall.npz")
+    dataclasses.replace(labelled, labels=None).save_npz(tmp_path / "attic.npz")
+    (tmp_path / "val.txt").write_text("hall\n")
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        {"data.root": str(tmp_path), "data.chunks": 1, "data.prepare_workers": 0, "text.encoder": "stand-in:64"}
+    )
+    prepare.prepare(config, tmp_path / "out")
+    (train,) = prepare.load_split(tmp_path / "out", "train")
+    (val,) = prepare.load_split(tmp_path / "out", "val")
+    assert (train.name, val.name) == ("kitchen", "hall")
+    assert len(train.feature_index) > 500 and len(val.feature_index) > 500
+    left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
+    assert list(left_out) == ["attic"] and "neither images nor labels" in left_out["attic"]
+    config.data.chunk_points = 10
+    (tmp_path / "val.txt").write_text("cellar\n")
+    with pytest.raises(ValueError, match="val.txt lists 'cellar', which is not in .*; there: attic, hall, kitchen"):
+        prepare.prepare(config, tmp_path / "other")
+
+
+def test_the_layout_in_the_config_is_the_one_the_errors_show():
+    text = (Path(__file__).parents[1] / "configs/folder.py").read_text()
+    assert folder.LAYOUT.strip("\n") in text
