@@ -183,16 +183,28 @@ class View:
     def pixels(self) -> UInt8[np.ndarray, "h w 3"]:
         """The image on the view's own pixel grid, resized by nearest neighbour as OpenScene does.
 
+        Raises what `full_pixels` raises.
+        """
+        return resize_nearest(self.full_pixels(), self.size)
+
+    def full_pixels(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image at its own resolution.
+
         Raises:
-          ValueError: the view has no image.
+          ValueError: the view has no image, or its file is damaged.
           FileNotFoundError: its file is gone.
         """
         if self.image is None:
             raise ValueError(f"view '{self.name}' has no image; read the scene with its colour frames")
         if isinstance(self.image, np.ndarray):
-            return resize_nearest(self.image, self.size)
-        with Image.open(self.image) as file:
-            return resize_nearest(np.asarray(file.convert("RGB")), self.size)
+            return self.image
+        try:
+            with Image.open(self.image) as file:
+                return np.asarray(file.convert("RGB"))
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{self.image}: truncated or not an image ({error}); export the frame again") from error
 
 
 def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
