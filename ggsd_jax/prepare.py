@@ -34,10 +34,13 @@ from data.scene import Scene, View, check_labels
 from data.superpoints import vccs
 from data.synthetic import SYNTHETIC, generate_room, room_seeds
 from data.virtual_camera import look_around_views
-from ggsd_jax.vision_language import text
+from ggsd_jax.vision_language import lseg, maskclip, text
+from ggsd_jax.vision_language.dense import DenseTeacher
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
 _TRAINING_ONLY = {"prepared", "voxel_size", "augment", "input_color", "loop", "min_voxels", "max_voxels", "workers"}
+_SIMULATED = "simulated"
+_TEACHERS = {_SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load}
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -52,15 +55,19 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     It appears whole or not at all: what a killed run had written is deleted and made again.
 
     Raises:
-        ValueError: the dataset there was made with other settings; an unknown `data.name` or `teacher.name`;
-            an empty split; a corrupt raw file; a validation scene without labels.
-        FileNotFoundError: raw data is missing.
+        ValueError: the dataset there was made with other settings, or its features cannot be compared with the
+            words of `text.encoder`; an unknown `data.name` or `teacher.name`; an empty split; a corrupt raw file
+            or corrupt weights; a validation scene without labels.
+        FileNotFoundError: raw data or weights are missing.
     """
     settings = _content_settings(config)
     builder_class = _named(_BUILDERS, "data.name", config.data.name)
     folder = _dataset_folder(data_dir)
     if folder is not None:
         _check_settings(folder, settings)
+        if config.teacher.name != _SIMULATED:
+            space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
+            text.check_space(space, config.text.encoder)
         return
     if config.data.root and not Path(config.data.root).is_dir():
         raise FileNotFoundError(f"data.root is {config.data.root!r}: there is no such folder")
@@ -163,7 +170,13 @@ def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
     data = {field: value for field, value in settings["data"].items() if field not in _TRAINING_ONLY}
-    return {"data": data} | {part: settings[part] for part in ("superpoints", "teacher", "text")}
+    teacher = settings["teacher"]
+    if teacher["name"] == _SIMULATED:
+        teacher.pop("weights", None)
+        looks = {"teacher": teacher, "text": settings["text"]}
+    else:  # it knows nothing of the classes, so any text of its space will do
+        looks = {"teacher": {field: teacher.get(field) for field in ("name", "weights")}}
+    return {"data": data, "superpoints": settings["superpoints"]} | looks
 
 
 def _check_settings(folder: Path, settings: dict) -> None:
@@ -172,7 +185,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     if folder.name != str(_Dataset.VERSION):
         raise ValueError(f"{folder} is of format {folder.name}, this is {_Dataset.VERSION}: delete it")
     for part, fields in settings.items():
-        for field in sorted(fields.keys() | there[part].keys()):
+        for field in sorted(fields.keys() | there[part].keys(), key=lambda field: (field != "name", field)):
             old, new = there[part].get(field), fields.get(field)
             if old != new:
                 raise ValueError(
@@ -205,19 +218,38 @@ class _RawScene(NamedTuple):
     border: int  # pixels at the rim of a view that see nothing
 
 
-def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
-    """The 2D network that `teacher.name` names, with the class texts it may need."""
-    teacher_class = _named({"simulated": SimulatedTeacher}, "teacher.name", config.teacher.name)
-    rates = {field: value for field, value in config.teacher.items() if field != "name"}
-    class_text = text.embed(label_set(config).classes, encoder=config.text.encoder, prompt=config.text.prompt)
-    return teacher_class(class_text, **rates)
+def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher | DenseTeacher:
+    """The 2D network that `teacher.name` names, from `teacher.weights`; the simulated one needs none.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown name; missing or damaged weights; a text encoder of another
+            space than the network's.
+    """
+    name, weights = config.teacher.name, config.teacher.get("weights", "")
+    make = _named(_TEACHERS, "teacher.name", name)
+    if name == _SIMULATED:
+        rates = {field: value for field, value in config.teacher.items() if field not in ("name", "weights")}
+        class_text = text.embed(label_set(config).classes, encoder=config.text.encoder, prompt=config.text.prompt)
+        return make(class_text, **rates)
+    if not weights:
+        what = {"maskclip": "the folder of a CLIP snapshot", "lseg": "LSeg's checkpoint demo_e200.ckpt"}[name]
+        raise ValueError(f"teacher.weights is empty: teacher.name={name!r} needs {what}")
+    try:
+        teacher = make(weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"teacher.weights: {error}") from error
+    text.check_space(teacher.space, config.text.encoder)
+    return teacher
 
 
-def add_superpoints_and_features(raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher) -> Scene:
+def add_superpoints_and_features(
+    raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher | DenseTeacher
+) -> Scene:
     """The scene with its VCCS superpoints and the mean over the views of the teacher's features."""
     scene = raw.scene
     superpoints = vccs(scene.points, scene.colors, scene.normals, **config.superpoints)
-    features, feature_index = fuse(scene.points, raw.views, teacher(scene), border=raw.border)
+    looks = teacher.look(raw.views) if isinstance(teacher, DenseTeacher) else (raw.views, teacher(scene))
+    features, feature_index = fuse(scene.points, *looks, border=raw.border)
     return dataclasses.replace(scene, superpoints=superpoints, features=features, feature_index=feature_index)
 
 
@@ -251,8 +283,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder, abc.ABC):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            features=record_features(self._teacher.class_text.shape[1]),
-            metadata=tfds.core.MetadataDict(settings=self._settings),
+            features=record_features(self._teacher.width),
+            metadata=tfds.core.MetadataDict(settings=self._settings, feature_space=self._teacher.space),
             disable_shuffling=True,  # the records of a scene stay together
         )
 
