@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher = ml_collections.ConfigDict()
     config.teacher.name = "simulated"  # or maskclip, lseg
     config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
     # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18

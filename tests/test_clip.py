@@ -146,6 +146,32 @@ def test_models_are_known_by_the_names_openai_gave_them_and_by_their_weights(cli
     assert clip.space("x", projection.astype(np.float16)) == clip.space("x", projection)
 
 
+@pytest.mark.parametrize(
+    "patch, image_size, width, parameters",
+    [
+        (32, 224, 768, 151_277_313),
+        (16, 224, 768, 149_620_737),
+        (14, 224, 1024, 427_616_513),
+        (14, 336, 1024, 427_944_193),
+    ],
+)
+def test_the_published_models_have_as_many_parameters_as_openais(tmp_path, patch, image_size, width, parameters):
+    """With all that a config.json may leave out left out; 1 parameter is the logit scale, which is not read."""
+    large = width == 1024
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    content = {
+        "projection_dim": 768 if large else 512,
+        "text_config": text if large else {},
+        "vision_config": (sizes if large else {}) | {"patch_size": patch, "image_size": image_size},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = clip._read_config(tmp_path / "config.json")
+    leaves = jax.tree.leaves(clip.shapes(config))
+    assert sum(leaf.size for leaf in leaves) + 1 == parameters
+    assert config.name in ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+
+
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 

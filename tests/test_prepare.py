@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data.scene import Scene
 from data.synthetic import generate_room
@@ -284,6 +285,20 @@ def test_the_features_of_a_network_are_prepared_with_the_space_they_live_in(
         prepare.prepare(maskclip_config(other, snapshot), out)
     with pytest.raises(ValueError, match="teacher.name='maskclip', the config says 'simulated'"):
         prepare.prepare(make_config(**{"superpoints.voxel_resolution": 0.15}), out)
+
+
+def test_features_are_averaged_within_the_masks_of_a_view(tmp_path, tiny_rooms):
+    raw = prepare._read_room(0)
+    config = make_config(**{"superpoints.voxel_resolution": 0.15})
+    config.teacher.masks = str(tmp_path / "masks")
+    (view,) = raw.views
+    with pytest.raises(FileNotFoundError, match="no masks of view"):
+        prepare.add_superpoints_and_features(raw, config, prepare.make_teacher(config))
+    folder = tmp_path / "masks" / view.name
+    folder.mkdir(parents=True)
+    Image.new("L", (8, 6), 255).save(folder / "0.png")  # all that is seen is one thing
+    scene = prepare.add_superpoints_and_features(raw, config, prepare.make_teacher(config))
+    assert len(scene.features) > 50 and (scene.features == scene.features[0]).all()
 
 
 def test_a_network_and_words_that_do_not_fit_are_refused_before_any_scene(tmp_path, clip_snapshot):

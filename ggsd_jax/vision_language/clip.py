@@ -202,13 +202,18 @@ def load(folder: str | Path) -> Clip:
     else:
         tensors = _from_openai(tensors, file)
         config = _measure(tensors, file)
+    text, vision = (weights.variables(tensors, tower, origin=str(file)) for tower in shapes(config))
+    return Clip(folder, config, space(config.name, tensors["text_projection.weight"]), text, vision)
+
+
+def shapes(config: Config) -> tuple[Any, Any]:
+    """Shapes of the variables of `TextTower` and `ImageTower`."""
     ids, pixels = jnp.zeros((1, config.context), jnp.int32), jnp.zeros((1, config.image_size, config.image_size, 3))
     key = jax.random.key(0)
-    text_shapes = jax.eval_shape(TextTower(config).init, key, ids, ids[:, 0])
-    vision_shapes = jax.eval_shape(ImageTower(config).init, key, pixels)
-    text = weights.variables(tensors, text_shapes, origin=str(file))
-    vision = weights.variables(tensors, vision_shapes, origin=str(file))
-    return Clip(folder, config, space(config.name, tensors["text_projection.weight"]), text, vision)
+    return (
+        jax.eval_shape(TextTower(config).init, key, ids, ids[:, 0]),
+        jax.eval_shape(ImageTower(config).init, key, pixels),
+    )
 
 
 def space(name: str, text_projection: np.ndarray) -> str:
