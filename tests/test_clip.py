@@ -237,5 +237,8 @@ def test_folders_without_one_clip_are_refused(clip_snapshot, tmp_path):
         clip.load(tmp_path / "empty")
     folder = clip_snapshot()
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="not CLIP, it has no tensor visual.conv1.weight.*need their config.json"):
+    with pytest.raises(ValueError, match="not CLIP: it has no tensor visual.proj. Weights with Hugging Face's names"):
+        clip.load(folder)
+    save_file({"visual.attnpool.c_proj.weight": np.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="a CLIP with a ResNet, only the ViT models are read"):
         clip.load(folder)

@@ -300,14 +300,15 @@ def _tower(config: dict) -> Tower:
 
 def _from_openai(tensors: Mapping[str, np.ndarray], file: Path) -> weights.Tensors:
     """OpenAI's tensors under Hugging Face's names; they keep projections the other way round."""
-    if "visual.conv1.weight" not in tensors:
-        what = "a ResNet, only the ViT models are read" if "visual.layer1.0.conv1.weight" in tensors else "not CLIP"
-        raise ValueError(
-            f"{file}: {what}, it has no tensor visual.conv1.weight; weights with Hugging Face's names need their "
-            "config.json beside them"
+    if "visual.proj" not in tensors:
+        what = (
+            "a CLIP with a ResNet, only the ViT models are read"
+            if "visual.attnpool.c_proj.weight" in tensors
+            else "not CLIP"
         )
-    if tensors["visual.conv1.weight"].ndim != 4 or "visual.proj" not in tensors:
-        raise ValueError(f"{file}: expected one of OpenAI's ViT models, this has other tensors (visual.proj)")
+        raise ValueError(
+            f"{file}: {what}: it has no tensor visual.proj. Weights with Hugging Face's names need their config.json"
+        )
     turned = {name: value.T if name in ("visual.proj", "text_projection") else value for name, value in tensors.items()}
     return weights.with_split_attention(weights.renamed(turned, _FROM_OPENAI), "in_proj_")
 
