@@ -34,14 +34,9 @@ from data.scene import Scene, View, check_labels
 from data.superpoints import vccs
 from data.synthetic import SYNTHETIC, generate_room, room_seeds
 from data.virtual_camera import look_around_views
-from ggsd_jax.vision_language import lseg, maskclip, sam_masks, text
-from ggsd_jax.vision_language.dense import DenseTeacher
-from ggsd_jax.vision_language.simulated import SimulatedTeacher
+from ggsd_jax.vision_language import teachers, text
 
 _TRAINING_ONLY = {"prepared", "voxel_size", "augment", "input_color", "loop", "min_voxels", "max_voxels", "workers"}
-_SIMULATED = "simulated"
-_TEACHER_FIELDS = ("name", "weights", "masks")  # the others of `teacher` are rates of the simulated one's errors
-_TEACHERS = {_SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load}
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -66,7 +61,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     folder = _dataset_folder(data_dir)
     if folder is not None:
         _check_settings(folder, settings)
-        if config.teacher.name != _SIMULATED:
+        if config.teacher.name != teachers.SIMULATED:
             space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
             text.check_space(space, config.text.encoder)
         return
@@ -171,12 +166,7 @@ def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
     data = {field: value for field, value in settings["data"].items() if field not in _TRAINING_ONLY}
-    teacher = {field: value for field, value in settings["teacher"].items() if value != ""}
-    if teacher["name"] == _SIMULATED:
-        looks = {"teacher": teacher, "text": settings["text"]}
-    else:  # it knows nothing of the classes, so any text of its space will do
-        looks = {"teacher": {field: value for field, value in teacher.items() if field in _TEACHER_FIELDS}}
-    return {"data": data, "superpoints": settings["superpoints"]} | looks
+    return {"data": data, "superpoints": settings["superpoints"]} | teachers.settings(config)
 
 
 def _check_settings(folder: Path, settings: dict) -> None:
@@ -218,53 +208,19 @@ class _RawScene(NamedTuple):
     border: int  # pixels at the rim of a view that see nothing
 
 
-def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher | DenseTeacher:
-    """The 2D network that `teacher.name` names, from `teacher.weights`; the simulated one needs none.
-
-    Raises:
-        ValueError, FileNotFoundError: an unknown name; missing or damaged weights; a text encoder of another
-            space than the network's.
-    """
-    name, weights = config.teacher.name, config.teacher.get("weights", "")
-    make = _named(_TEACHERS, "teacher.name", name)
-    if name == _SIMULATED:
-        rates = {field: value for field, value in config.teacher.items() if field not in _TEACHER_FIELDS}
-        class_text = text.embed(label_set(config).classes, encoder=config.text.encoder, prompt=config.text.prompt)
-        return make(class_text, **rates)
-    if not weights:
-        what = {"maskclip": "the folder of a CLIP snapshot", "lseg": "LSeg's checkpoint demo_e200.ckpt"}[name]
-        raise ValueError(f"teacher.weights is empty: teacher.name={name!r} needs {what}")
-    try:
-        teacher = make(weights)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"teacher.weights: {error}") from error
-    text.check_space(teacher.space, config.text.encoder)
-    return teacher
+def make_teacher(config: ml_collections.ConfigDict) -> teachers.Teacher:
+    """The 2D network that `teacher.name` names; raises what `teachers.make` raises, and ValueError for other names."""
+    _named(teachers.TEACHERS, "teacher.name", config.teacher.name)
+    return teachers.make(config, label_set(config).classes)
 
 
-def add_superpoints_and_features(
-    raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher | DenseTeacher
-) -> Scene:
+def add_superpoints_and_features(raw: _RawScene, config: ml_collections.ConfigDict, teacher: teachers.Teacher) -> Scene:
     """The scene with its VCCS superpoints and the mean over the views of the teacher's features."""
     scene = raw.scene
     superpoints = vccs(scene.points, scene.colors, scene.normals, **config.superpoints)
-    features, feature_index = fuse(scene.points, *_looks(raw, config, teacher), border=raw.border)
+    looks = teachers.look(teacher, scene, raw.views, config.teacher.get("masks", ""))
+    features, feature_index = fuse(scene.points, *looks, border=raw.border)
     return dataclasses.replace(scene, superpoints=superpoints, features=features, feature_index=feature_index)
-
-
-def _looks(
-    raw: _RawScene, config: ml_collections.ConfigDict, teacher: SimulatedTeacher | DenseTeacher
-) -> tuple[Iterable[View], Callable]:
-    """The views and what the teacher makes of each, averaged within the masks of the folder `teacher.masks`."""
-    if isinstance(teacher, DenseTeacher):
-        bar = tqdm(raw.views, desc=raw.scene.name, unit="view", leave=False, dynamic_ncols=True)
-        views, features_of = teacher.look(bar)
-    else:
-        views, features_of = raw.views, teacher(raw.scene)
-    masks = config.teacher.get("masks", "")
-    if not masks:
-        return views, features_of
-    return views, lambda view: sam_masks.refine(features_of(view), sam_masks.read(Path(masks), view))
 
 
 def chunk_of_features(scene: Scene, chunk: int, chunk_points: int) -> Scene:

@@ -17,7 +17,7 @@ from data.scene import Scene
 from data.synthetic import generate_room
 from ggsd_jax import prepare
 from ggsd_jax.prepare import chunk_of_features, load_split
-from ggsd_jax.vision_language import maskclip
+from ggsd_jax.vision_language import maskclip, teachers
 from ggsd_jax.vision_language.text import space
 
 
@@ -263,7 +263,7 @@ def maskclip_config(weights: Path, encoder: Path) -> ml_collections.ConfigDict:
 
 @pytest.fixture
 def small_images(monkeypatch) -> None:
-    monkeypatch.setitem(prepare._TEACHERS, "maskclip", functools.partial(maskclip.load, short_side=32))
+    monkeypatch.setitem(teachers.TEACHERS, "maskclip", functools.partial(maskclip.load, short_side=32))
 
 
 def test_the_features_of_a_network_are_prepared_with_the_space_they_live_in(
