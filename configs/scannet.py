@@ -1,7 +1,8 @@
 """GGSD on ScanNet with the hyper-parameters of the paper.
 
   python -m ggsd_jax.main --config=configs/scannet.py --workdir=out/scannet --config.data.root=/data/scannet \\
-      --config.text.encoder=/data/clip_scannet20_vitb32_512.npz
+      --config.teacher.name=lseg --config.teacher.weights=/data/demo_e200.ckpt \\
+      --config.text.encoder=/data/clip-vit-base-patch32
 
 `data.lists` (or `data.root`) holds `scannetv2_train.txt` and `scannetv2_val.txt`, scene names one per line (Tasks/
 Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene either
@@ -13,9 +14,16 @@ are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU clas
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
 --config.data.root=/data/scannet_3d --config.data.features=/data/scannet_multiview_lseg`.
 
+The 2D teacher, `teacher.name` and its `teacher.weights`, and the text that goes with it, `text.encoder`:
+
+  lseg       LSeg's checkpoint demo_e200.ckpt           openai/clip-vit-base-patch32
+  maskclip   a snapshot folder of any CLIP ViT          the same folder
+  simulated  none; it looks at the labels of the scenes any; also an .npz of embeddings, or "stand-in"
+
+A snapshot folder is what `hf download openai/clip-vit-base-patch32` makes: config.json, weights, vocabulary.
+
 The paper trains on one A100 (80 GB) in about a day and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes with
-LSeg as the teacher. The teacher here is simulated from the labels of the scenes; real 2D networks are not part of
-this version.
+LSeg as the teacher. Nobody has run this project on all of ScanNet yet.
 """
 
 import ml_collections
@@ -58,7 +66,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
+    # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18
     config.teacher.temperature = 0.25
@@ -70,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.seed = 0
 
     config.text = ml_collections.ConfigDict()
-    config.text.encoder = ""  # an .npz with the CLIP ViT-B/32 embedding of each class name
+    config.text.encoder = ""  # the folder of a CLIP snapshot, or an .npz with its embedding of each class name
     config.text.prompt = "a {} in a scene"
 
     config.model = ml_collections.ConfigDict()

@@ -2,7 +2,8 @@
 
 Such a file is a zip archive: `data.pkl` describes the object, `data/<key>` are the raw tensor storages. A
 pickle may name any function to call, so the names this reader answers are a short table: tensors,
-OrderedDict, and NumPy arrays and scalars of plain types. Any other name is refused.
+OrderedDict, and NumPy arrays and scalars of plain types. Any other name is refused or, on request, answered
+with an `Inert` object. That way TorchScript archives and Lightning checkpoints can be read too.
 """
 
 import io
@@ -26,11 +27,43 @@ _PLAIN_KINDS = "biufcSU"  # bool, integers, floats, complex, bytes, text: no obj
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1 and 2
 
 
-def load(path: str | Path) -> Any:
+class Inert:
+    """Stands for an object of a class that is never loaded, e.g. a TorchScript module.
+
+    Attributes:
+      state: what the pickle says of it, for a module the dict of its attributes; None where it says nothing.
+    """
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+def load(path: str | Path, *, inert: bool = False) -> Any:
     """The object saved in a torch zip file.
 
     Dicts (OrderedDict becomes dict), lists, tuples, numbers and text come back as they are; tensors and NumPy
     arrays as new NumPy arrays in native byte order, whatever device they were saved from.
+
+    Args:
+      inert: names outside the table stand for `Inert` objects instead of being refused; nothing of theirs is
+        imported or run.
 
     Raises FileNotFoundError, or ValueError that names the file and what is wrong with it: not a torch zip
     file, truncated, a name outside the table, a tensor that reaches outside its storage.
@@ -44,7 +77,7 @@ def load(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a torch zip file, it starts with {magic!r}{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _plain(_Reader(archive).load())
+            return _plain(_Reader(archive, inert).load())
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: truncated or damaged zip file ({error}); fetch it again") from error
     except Exception as error:  # hostile bytes can make the unpickler fail in any way
@@ -53,9 +86,9 @@ def load(path: str | Path) -> Any:
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles `data.pkl` with nothing but the names in `_names`."""
+    """Unpickles `data.pkl` with nothing but the names in `_names`, and `Inert` classes where they are allowed."""
 
-    def __init__(self, archive: zipfile.ZipFile):
+    def __init__(self, archive: zipfile.ZipFile, inert: bool):
         pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             raise ValueError(f"expected one <folder>/data.pkl in the zip, found {len(pickles)}")
@@ -64,11 +97,14 @@ class _Reader(pickle.Unpickler):
         self._root = pickles[0].removesuffix("data.pkl")
         self._storages: dict[str, np.ndarray] = {}
         self._names = _names()
+        self._inert = inert
         self._byte_order = "<"
         if f"{self._root}byteorder" in archive.namelist():
             self._byte_order = {b"little": "<", b"big": ">"}[archive.read(f"{self._root}byteorder")]
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names and self._inert:
+            self._names[module, name] = type(name, (Inert,), {})
         if (module, name) not in self._names:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return self._names[module, name]

@@ -31,8 +31,7 @@ from data.projection import fuse
 from data.scene import Scene, check_labels
 from data.synthetic import SYNTHETIC
 from ggsd_jax.datasets import DATASETS, LeftOut, RawScene, Readers, cut_superpoints, in_order
-from ggsd_jax.vision_language import text
-from ggsd_jax.vision_language.simulated import SimulatedTeacher
+from ggsd_jax.vision_language import teachers, text
 
 _NOT_CONTENT = {"prepared", "prepare_workers", "voxel_size", "augment", "input_color", "loop", "workers"}
 _NOT_CONTENT |= {"min_voxels", "max_voxels"}
@@ -51,15 +50,19 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     next run with the same settings. What went into each split is logged and kept in the dataset's metadata.
 
     Raises:
-        ValueError: the dataset there was made with other settings; an unknown `data.name` or `teacher.name`;
-            an empty split; a corrupt raw file; a validation scene without labels.
-        FileNotFoundError: raw data is missing.
+        ValueError: the dataset there was made with other settings, or its features cannot be compared with the
+            words of `text.encoder`; an unknown `data.name` or `teacher.name`; an empty split; a corrupt raw file
+            or corrupt weights; a validation scene without labels.
+        FileNotFoundError: raw data or weights are missing.
     """
     settings = _content_settings(config)
     _named(DATASETS, "data.name", config.data.name)
     folder = _dataset_folder(data_dir)
     if folder is not None:
         _check_settings(folder, settings)
+        if config.teacher.name != teachers.SIMULATED:
+            space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
+            text.check_space(space, config.text.encoder)
         return
     if config.data.root and not Path(config.data.root).is_dir():
         raise FileNotFoundError(f"data.root is {config.data.root!r}: there is no such folder")
@@ -174,7 +177,7 @@ def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
     data = {field: value for field, value in settings["data"].items() if field not in _NOT_CONTENT}
-    return {"data": data} | {part: settings[part] for part in ("superpoints", "teacher", "text")}
+    return {"data": data, "superpoints": settings["superpoints"]} | teachers.settings(config)
 
 
 def _check_settings(folder: Path, settings: dict) -> None:
@@ -183,7 +186,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     if folder.name != str(_Dataset.VERSION):
         raise ValueError(f"{folder} is of format {folder.name}, this is {_Dataset.VERSION}: delete it")
     for part, fields in settings.items():
-        for field in sorted(fields.keys() | there[part].keys()):
+        for field in sorted(fields.keys() | there[part].keys(), key=lambda field: (field != "name", field)):
             old, new = there[part].get(field), fields.get(field)
             if old != new:
                 raise ValueError(
@@ -210,12 +213,10 @@ def _named(table: dict, field: str, name: str):
 # ------------------------------------------------------------------------------------------- one scene's work
 
 
-def make_teacher(config: ml_collections.ConfigDict) -> SimulatedTeacher:
-    """The 2D network that `teacher.name` names, with the class texts it may need."""
-    teacher_class = _named({"simulated": SimulatedTeacher}, "teacher.name", config.teacher.name)
-    rates = {field: value for field, value in config.teacher.items() if field != "name"}
-    class_text = text.embed(label_set(config).classes, encoder=config.text.encoder, prompt=config.text.prompt)
-    return teacher_class(class_text, **rates)
+def make_teacher(config: ml_collections.ConfigDict) -> teachers.Teacher:
+    """The 2D network that `teacher.name` names; raises what `teachers.make` raises, and ValueError for other names."""
+    _named(teachers.TEACHERS, "teacher.name", config.teacher.name)
+    return teachers.make(config, label_set(config).classes)
 
 
 def teacher_name(config: ml_collections.ConfigDict) -> str:
@@ -225,15 +226,18 @@ def teacher_name(config: ml_collections.ConfigDict) -> str:
     return config.teacher.name
 
 
-def add_features(raw: RawScene, teacher: SimulatedTeacher) -> Scene:
-    """The scene with the mean over the views of the teacher's features, or with those it came with."""
+def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> Scene:
+    """The scene with the mean over the views of the teacher's features, or with those it came with.
+
+    Args:
+        masks: see `teachers.look`.
+    """
     if raw.scene.features is not None:
         return raw.scene
     points = raw.scene.points[: raw.num_supervised]
     try:
-        features, feature_index = fuse(
-            points, raw.views, teacher(raw.scene), tolerance=raw.tolerance, border=raw.border
-        )
+        looks = teachers.look(teacher, raw.scene, raw.views, masks)
+        features, feature_index = fuse(points, *looks, tolerance=raw.tolerance, border=raw.border)
     except ValueError as error:
         raise ValueError(f"scene '{raw.scene.name}': {error}") from error
     return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
@@ -272,8 +276,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            features=record_features(self._teacher.class_text.shape[1]),
-            metadata=tfds.core.MetadataDict(settings=self._settings, report={}),
+            features=record_features(self._teacher.width),
+            metadata=tfds.core.MetadataDict(settings=self._settings, feature_space=self._teacher.space, report={}),
             disable_shuffling=True,  # the records of a scene stay together
         )
 
@@ -314,7 +318,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                     continue
                 if split == "val":
                     check_labels(raw.scene, len(label_set(config).classes))
-                scene = add_features(raw, self._teacher)
+                scene = add_features(raw, self._teacher, config.teacher.get("masks", ""))
                 width = self.info.features["features"].shape[-1]
                 if scene.features.shape[1] != width:
                     raise ValueError(

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data.scene import Scene
 from data.synthetic import generate_room
 from ggsd_jax import datasets, prepare
 from ggsd_jax.prepare import chunk_of_features, load_split
+from ggsd_jax.vision_language import maskclip, teachers
+from ggsd_jax.vision_language.text import space
 
 
 def make_config(**overrides) -> ml_collections.ConfigDict:
@@ -303,6 +306,68 @@ def test_a_wrong_setting_is_named(tmp_path, tiny_rooms, field, value, message):
     with pytest.raises(ValueError, match=message):
         prepare.prepare(make_config(**{field: value}), tmp_path)
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+# ------------------------------------------------------------------------------------------- networks as teachers
+
+
+def maskclip_config(weights: Path, encoder: Path) -> ml_collections.ConfigDict:
+    config = make_config(**{"text.encoder": str(encoder), "superpoints.voxel_resolution": 0.15})
+    config.teacher = dict(name="maskclip", weights=str(weights))
+    return config
+
+
+@pytest.fixture
+def small_images(monkeypatch) -> None:
+    monkeypatch.setitem(teachers.TEACHERS, "maskclip", functools.partial(maskclip.load, short_side=32))
+
+
+def test_the_features_of_a_network_are_prepared_with_the_space_they_live_in(
+    tmp_path, tiny_rooms, small_images, clip_snapshot
+):
+    snapshot = clip_snapshot()
+    out = tmp_path / "out"
+    prepare.prepare(maskclip_config(snapshot, snapshot), out)
+    scene = load_split(out, "val")[0]
+    lengths = np.linalg.norm(scene.features.astype(np.float32), axis=1)
+    assert scene.features.shape[1] == 16 and 0.2 < lengths.min() <= lengths.max() < 1.01
+
+    same, other = tmp_path / "same.npz", clip_snapshot("other", seed=1)
+    np.savez(same, embedding=np.eye(16)[:1], names=["chair"], model=space(snapshot))
+    prepare.prepare(maskclip_config(snapshot, same), out)  # it is there, and its words may come from anywhere
+    with pytest.raises(ValueError, match="text.encoder.*other.*cosines mean nothing"):
+        prepare.prepare(maskclip_config(snapshot, other), out)
+    with pytest.raises(ValueError, match="teacher.weights='.*clip', the config says '.*other'"):
+        prepare.prepare(maskclip_config(other, snapshot), out)
+    with pytest.raises(ValueError, match="teacher.name='maskclip', the config says 'simulated'"):
+        prepare.prepare(make_config(**{"superpoints.voxel_resolution": 0.15}), out)
+
+
+def test_features_are_averaged_within_the_masks_of_a_view(tmp_path, tiny_rooms):
+    config = make_config(**{"superpoints.voxel_resolution": 0.15})
+    raw = datasets.read_room(0)
+    config.teacher.masks = str(tmp_path / "masks")
+    (view,) = raw.views
+    with pytest.raises(FileNotFoundError, match="no masks of view"):
+        prepare.add_features(raw, prepare.make_teacher(config), config.teacher.masks)
+    folder = tmp_path / "masks" / view.name
+    folder.mkdir(parents=True)
+    Image.new("L", (8, 6), 255).save(folder / "0.png")  # all that is seen is one thing
+    scene = prepare.add_features(raw, prepare.make_teacher(config), config.teacher.masks)
+    assert len(scene.features) > 50 and (scene.features == scene.features[0]).all()
+
+
+def test_a_network_and_words_that_do_not_fit_are_refused_before_any_scene(tmp_path, clip_snapshot):
+    fine, coarse = clip_snapshot("b16"), clip_snapshot("b32", patch=16)  # both 16 wide
+    wrong = [
+        (fine, coarse, ValueError, "text.encoder '.*b32' embeds .*ViT-32/16.* features are in that of ViT-32/8"),
+        (tmp_path / "gone", fine, FileNotFoundError, "teacher.weights: .*gone: no such folder"),
+        ("", fine, ValueError, "teacher.weights is empty: teacher.name='maskclip' needs the folder of a CLIP"),
+    ]
+    for weights, encoder, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            prepare.prepare(maskclip_config(weights, encoder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- ScanNet

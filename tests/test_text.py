@@ -1,6 +1,7 @@
 """Text embeddings: the stand-in's geometry, and files of real ones."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from data.labels import LABEL_SETS
 from data.synthetic import SYNTHETIC
-from ggsd_jax.vision_language.text import embed
+from ggsd_jax.vision_language.clip import TextEncoder
+from ggsd_jax.vision_language.text import check_space, embed, space
 
 
 def cosines(labels, **kwargs):
@@ -136,3 +138,60 @@ def test_lvis_names_are_found_without_their_underscores_and_brackets(shared):
     rows = embed(list(wanted), encoder=path)
     for row, name in itertools.zip_longest(rows, wanted.values()):
         np.testing.assert_allclose(row, raw[name] / np.linalg.norm(raw[name]), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP itself
+
+
+def test_clip_embeds_the_prompted_name(clip_snapshot):
+    folder = clip_snapshot()
+    encode = TextEncoder(folder)
+    rows = embed(["Night_Stand", "otherfurniture", "other"], encoder=folder, prompt="a {} here")
+    np.testing.assert_allclose(rows, encode(["a night stand here", "other", "other"]), atol=1e-6)
+    rows[:] = 0  # what is handed out is a copy
+    assert embed(["other"], encoder=folder).any()
+
+
+def test_a_prompt_without_a_place_for_the_name_is_refused(clip_snapshot):
+    with pytest.raises(ValueError, match="prompt is 'a chair': it needs {} where the name goes"):
+        embed(["chair"], encoder=clip_snapshot(), prompt="a chair")
+
+
+def test_features_and_words_of_two_models_of_the_same_width_are_told_apart(clip_snapshot, tmp_path):
+    coarse, fine, other = clip_snapshot("b32", patch=16), clip_snapshot("b16"), clip_snapshot("tuned", seed=1)
+    assert embed(["x"], encoder=coarse).shape == embed(["x"], encoder=fine).shape
+    check_space(space(fine), fine)
+    for features in (coarse, other):
+        with pytest.raises(ValueError, match="text.encoder .*b16.* their cosines mean nothing. Use the text tower of"):
+            check_space(space(features), fine)
+
+
+def test_a_file_of_embeddings_is_known_by_the_name_of_its_model(tmp_path):
+    path = tmp_path / "text.npz"
+    np.savez(path, embedding=np.eye(2), names=["a", "b"])
+    with pytest.raises(ValueError, match=r"text\.npz: does not say whose embeddings.*model='ViT-B/32'"):
+        space(path)
+    np.savez(path, embedding=np.eye(2), names=["a", "b"], model="ViT-B/32")
+    check_space("ViT-B/32#0123abcd", path)
+    with pytest.raises(ValueError, match="in the space of ViT-B/32, the 2D features are in that of ViT-B/16#0123abcd"):
+        check_space("ViT-B/16#0123abcd", path)
+    assert space("stand-in") == space("stand-in:64") != space("stand-in:128")
+
+
+@pytest.mark.parametrize("name", ["scannet20", "matterport21"])
+def test_real_weights_give_the_real_embeddings(shared, name):
+    folder = os.environ.get("GGSD_CLIP")
+    if not folder:
+        pytest.skip("no CLIP weights: set GGSD_CLIP to a snapshot folder of ViT-B/32 or ViT-L/14@336px")
+    model = space(folder).partition("#")[0]
+    files = [
+        path
+        for path in (shared / "data/text_embeddings").glob(f"clip_{name}_*.npz")
+        if str(np.load(path)["model"]) == model
+    ]
+    if not files:
+        pytest.skip(f"GGSD_CLIP holds {model}, of which there are no reference embeddings")
+    classes = LABEL_SETS[name].classes
+    real = embed(classes, encoder=files[0])
+    cosines = np.sum(embed(classes, encoder=folder, prompt="{}") * real, axis=1)
+    assert cosines.min() > 0.9999  # the files hold half precision

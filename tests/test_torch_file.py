@@ -6,7 +6,7 @@ import pickle
 import sys
 import types
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, UserList
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,6 +187,36 @@ def test_no_function_a_pickle_names_is_called(save, tmp_path, function):
 )
 def test_objects_and_values_outside_their_storage_are_refused(save, value, message):
     refuses(save({"value": value}), message)
+
+
+@dataclass
+class Config:
+    """Of a class the reader does not know, as in a Lightning checkpoint."""
+
+    rate: float
+    tensor: Tensor
+
+
+class Settings(dict):
+    pass
+
+
+def test_unknown_classes_become_inert_objects_on_request(save):
+    array = np.arange(4.0, dtype=np.float32)
+    callbacks = {Settings: Settings(a=1), "list": UserList([2])}
+    path = save({"hyper_parameters": Config(0.1, Tensor.of(array)), "callbacks": callbacks, "weight": Tensor.of(array)})
+    refuses(path, "which is refused")
+    loaded = torch_file.load(path, inert=True)
+    np.testing.assert_array_equal(loaded["weight"], array)
+    config = loaded["hyper_parameters"]
+    assert isinstance(config, torch_file.Inert) and config.state["rate"] == 0.1
+    np.testing.assert_array_equal(config.state["tensor"], array)
+
+
+def test_inert_objects_run_nothing(save, tmp_path):
+    target = tmp_path / "made by the pickle"
+    loaded = torch_file.load(save({"x": Call(os.mkdir, str(target)), "y": Call(eval, "1 + 1")}), inert=True)
+    assert not target.exists() and all(isinstance(value, torch_file.Inert) for value in loaded.values())
 
 
 def test_a_pickle_cannot_change_what_the_next_file_may_do(save, tmp_path):

@@ -70,6 +70,13 @@ class SimulatedTeacher:
                 f"simulated teacher: class_text is {list(self.class_text.shape)}, expected [K, C], 2 <= K < C"
             )
 
+    space = "simulated"  # no network's, though it is made to look like that of class_text
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.class_text.shape[1]
+
     def __call__(self, scene: Scene) -> Callable[[View], Float32[np.ndarray, "h w C"]]:
         """The function that gives the features of any view of this scene; the same view, the same features.
 

@@ -1,19 +1,24 @@
-"""Label -> text embedding: rows of a precomputed file (real CLIP), or a deterministic stand-in that needs no
-file.
+"""Label -> text embedding: CLIP's text tower, rows of a precomputed file, or a deterministic stand-in that
+needs no file.
 
 The stand-in is no language model. It knows a short table of concepts and places related names near each
 other, so that demonstrations and tests run offline; nothing measured with it says anything about CLIP.
 """
 
 import difflib
+import functools
 import re
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
+
+if TYPE_CHECKING:
+    from ggsd_jax.vision_language.clip import TextEncoder
 
 STAND_IN = "stand-in"
 _STAND_IN_WIDTH = 64
@@ -53,33 +58,106 @@ def embed(
 
     Args:
       labels: names; upper case and underscores make no difference.
-      encoder: "stand-in" (64 wide), "stand-in:128" (any width from 32 on), or the path of an .npz file with
-        `embedding` [n, C] and `names` [n].
-      prompt: template of the sentence that is embedded. Ignored by both kinds of encoder: the stand-in knows
-        words, not sentences, and a file's rows were made with the prompt of its maker.
+      encoder: a folder with CLIP's weights and vocabulary (`clip.load`), the path of an .npz file with
+        `embedding` [n, C] and `names` [n], "stand-in" (64 wide) or "stand-in:128" (any width from 32 on).
+      prompt: template of the sentence that CLIP embeds, with {} for the name; "other" and "otherfurniture"
+        stand for themselves, as the bare word "other", as in OpenScene. The other encoders ignore it: the
+        stand-in knows words, not sentences, and a file's rows were made with the prompt of its maker.
 
     Raises:
-      ValueError: no labels, an empty one, one that the file does not have, or a file without the two arrays.
+      ValueError: no labels, an empty one, one that the file does not have or that is too long for CLIP; a
+        prompt without {}; a file without the two arrays, or damaged weights.
       FileNotFoundError: there is no such file.
     """
     names = [_normal(label) for label in labels]
     if not names or not all(names):
         raise ValueError(f"labels must be one or more names that are not empty, got {list(labels)}")
-    kind, _, width = str(encoder).partition(":")
-    if kind == STAND_IN:
-        return _stand_in(names, _width(width) if width else _STAND_IN_WIDTH)
-    if Path(encoder).suffix == ".npz":
-        return _from_file(names, Path(encoder))
+    kind, folder_or_file = _kind(encoder)
+    if kind == "stand-in":
+        return _stand_in(names, _width(encoder))
+    if kind == "file":
+        return _from_file(names, folder_or_file)
+    if "{}" not in prompt:
+        raise ValueError(f"prompt is {prompt!r}: it needs {{}} where the name goes, as in 'a {{}} in a scene'")
+    sentences = ["other" if name in _CATCH_ALL else prompt.replace("{}", name) for name in names]
+    return _clip_rows(folder_or_file, tuple(sentences)).copy()
+
+
+def space(encoder: str | Path) -> str:
+    """The space that an encoder embeds in: a model's name, for CLIP's own weights with their checksum.
+
+    Only features of the same space can be compared with the encoder's rows (`check_space`).
+
+    Raises:
+      ValueError: a file does not say what model its rows are of; else as `embed`.
+    """
+    kind, folder_or_file = _kind(encoder)
+    if kind == "stand-in":
+        return f"{STAND_IN}:{_width(encoder)}"
+    if kind == "clip":
+        return _clip(folder_or_file).space
+    _read(folder_or_file)
+    with np.load(folder_or_file, allow_pickle=False) as archive:
+        if "model" not in archive.files:
+            raise ValueError(
+                f"{folder_or_file}: does not say whose embeddings these are, so they cannot be told to fit the 2D "
+                "features; add its name, np.savez(..., model='ViT-B/32')"
+            )
+        return str(archive["model"])
+
+
+def check_space(features: str, encoder: str | Path) -> None:
+    """Raises ValueError where features of this space cannot be compared with the encoder's rows.
+
+    Two models of the same width (CLIP's B/16 and B/32 have 512 both) give unrelated rows, and nothing fails.
+    """
+    words = space(encoder)
+    (name, _, mark), (other, _, other_mark) = features.partition("#"), words.partition("#")
+    if name != other or (mark and other_mark and mark != other_mark):
+        raise ValueError(
+            f"text.encoder {str(encoder)!r} embeds words in the space of {words}, the 2D features are in that of "
+            f"{features}: their cosines mean nothing. Use the text tower of {name} that belongs to the 2D network"
+        )
+
+
+_CATCH_ALL = {"other", "otherfurniture"}
+
+
+def _kind(encoder: str | Path) -> tuple[str, Path]:
+    """What kind of encoder this is ("stand-in", "file", "clip"), and where it lies."""
+    path = Path(encoder)
+    if str(encoder).partition(":")[0] == STAND_IN:
+        return "stand-in", path
+    if path.suffix == ".npz":
+        return "file", path
+    if path.is_dir() and str(encoder):
+        return "clip", path
     raise ValueError(
-        f"text encoder {str(encoder)!r} is unknown; expected 'stand-in', 'stand-in:64' or a path to an .npz"
+        f"text encoder {str(encoder)!r} is unknown; expected an existing folder with CLIP's weights, a path to an "
+        ".npz, 'stand-in' or 'stand-in:64'"
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _clip(folder: Path) -> "TextEncoder":
+    from ggsd_jax.vision_language.clip import TextEncoder  # the other encoders start without JAX
+
+    return TextEncoder(folder)
+
+
+@functools.lru_cache(maxsize=64)
+def _clip_rows(folder: Path, sentences: tuple[str, ...]) -> Float32[np.ndarray, "L C"]:
+    return _clip(folder)(sentences)
 
 
 def _normal(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").split())
 
 
-def _width(text: str) -> int:
+def _width(encoder: str | Path) -> int:
+    _, given, text = str(encoder).partition(":")
+    if not given:
+        return _STAND_IN_WIDTH
     if not text.isdigit() or int(text) < len(_CONCEPTS) + 13:
         raise ValueError(f"text encoder 'stand-in:{text}': the width must be a whole number of at least 32")
     return int(text)

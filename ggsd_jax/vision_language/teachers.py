@@ -1,0 +1,70 @@
+"""The 2D teachers by the names a config calls them, and what they make of the views of a scene."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from data.scene import Scene, View
+from ggsd_jax.vision_language import lseg, maskclip, sam_masks, text
+from ggsd_jax.vision_language.dense import DenseTeacher
+from ggsd_jax.vision_language.simulated import SimulatedTeacher
+
+SIMULATED = "simulated"
+TEACHERS = {SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load}
+_FIELDS = ("name", "weights", "masks")  # the others of `teacher` are rates of the simulated one's errors
+_WEIGHTS = {"maskclip": "the folder of a CLIP snapshot", "lseg": "LSeg's checkpoint demo_e200.ckpt"}
+
+Teacher = SimulatedTeacher | DenseTeacher
+
+
+def make(config: ml_collections.ConfigDict, classes: Sequence[str]) -> Teacher:
+    """The 2D network that `teacher.name` names, from `teacher.weights`; the simulated one needs none.
+
+    Raises:
+        ValueError, FileNotFoundError: missing or damaged weights; a text encoder of another space than the
+            network's.
+    """
+    name, weights = config.teacher.name, config.teacher.get("weights", "")
+    if name == SIMULATED:
+        rates = {field: value for field, value in config.teacher.items() if field not in _FIELDS}
+        return SimulatedTeacher(text.embed(classes, config.text.encoder, config.text.prompt), **rates)
+    if not weights:
+        raise ValueError(f"teacher.weights is empty: teacher.name={name!r} needs {_WEIGHTS[name]}")
+    try:
+        teacher = TEACHERS[name](weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"teacher.weights: {error}") from error
+    text.check_space(teacher.space, config.text.encoder)
+    return teacher
+
+
+def settings(config: ml_collections.ConfigDict) -> dict[str, dict]:
+    """The parts of a config that 2D features depend on; empty fields are left out.
+
+    A network knows nothing of the classes, so any text of its space will do. The simulated one is made of them.
+    """
+    teacher = {field: value for field, value in config.teacher.items() if value != ""}
+    if config.teacher.name == SIMULATED:
+        return {"teacher": teacher, "text": config.text.to_dict()}
+    return {"teacher": {field: value for field, value in teacher.items() if field in _FIELDS}}
+
+
+def look(
+    teacher: Teacher, scene: Scene, views: Iterable[View], masks: str = ""
+) -> tuple[Iterable[View], Callable[[View], np.ndarray]]:
+    """The views and the features [h, w, C] of each, for `data.projection.fuse`.
+
+    Args:
+        masks: folder of SAM's masks to average the features in; empty: they stay as they are.
+    """
+    if isinstance(teacher, DenseTeacher):
+        bar = tqdm(views, desc=scene.name, unit="view", leave=False, dynamic_ncols=True)
+        views, features_of = teacher.look(bar)
+    else:
+        features_of = teacher(scene)
+    if not masks:
+        return views, features_of
+    return views, lambda view: sam_masks.refine(features_of(view), sam_masks.read(Path(masks), view))
