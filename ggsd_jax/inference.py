@@ -48,7 +48,7 @@ def encode_voxels(
     Compiles once per bucket of voxel counts (`kernels.voxel_grid.next_bucket`).
     """
     variables = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    model = _network(variables, arch)
+    model = network(variables, arch)
     if dtype not in ("float32", "float64", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: expected 'float32', 'float64' or 'bfloat16'")
     in_channels = variables["params"]["conv0p1s1"]["kernel"].shape[-2]
@@ -198,7 +198,7 @@ class Model:
 
     def _batches(self, coords: list[np.ndarray], feats: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, Any]]:
         """Scene, voxel rows and their features [v, C], until every voxel of every scene was given once."""
-        model = _network(self.variables, self.info["arch"])
+        model = network(self.variables, self.info["arch"])
         parts = [(i, tile) for i, c in enumerate(coords) for tile in tiles(c, self.max_voxels, self.halo)]
         # Largest first: all batches then share its bucket, and one compiled program.
         parts.sort(key=lambda part: -len(part[1].rows))
@@ -244,7 +244,12 @@ def load(path: str | Path) -> Model:
         FileNotFoundError: there is no model.
     """
     path = Path(path)
-    return Model(*checkpoint.load_model(path / "model" if (path / "model").is_dir() else path))
+    folder = path / "model" if (path / "model").is_dir() else path
+    variables, info = checkpoint.load_model(folder)
+    own_encoder = folder / info["text_encoder"]  # an export brings its file of embeddings along
+    if info["text_encoder"] and own_encoder.is_file():
+        info["text_encoder"] = str(own_encoder)
+    return Model(variables, info)
 
 
 def keep_compiled_programs() -> None:
@@ -253,7 +258,8 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ggsd_jax" / "xla"))
 
 
-def _network(variables: Mapping[str, Any], arch: str) -> MinkUNet:
+def network(variables: Mapping[str, Any], arch: str) -> MinkUNet:
+    """The network of these variables; ValueError if they are not those of an `arch` of any widths."""
     shapes = {path: np.shape(leaf) for path, leaf in flatten_dict(dict(variables)).items()}
     try:
         return from_shapes(shapes, architecture(arch).layers)
