@@ -206,7 +206,7 @@ from jax import export
 
 weights = dict(np.load("functions/weights.npz"))
 program = export.deserialize(open("functions/voxels_{bucket}.jax", "rb").read())
-voxels, of_point = np.unique(np.floor(points / {size}).astype(np.int32), axis=0, return_inverse=True)
+voxels, of_point = np.unique(np.floor(points / np.float64({size})).astype(np.int32), axis=0, return_inverse=True)
 coords = np.zeros(({bucket}, 3), np.int32)
 coords[: len(voxels)] = voxels
 ones = np.ones(({bucket}, 3), np.float32)  # the network's input: voxels without colour
