@@ -183,8 +183,21 @@ class Model:
         anything = unit(self.embed(self.info["classes"]).mean(axis=0, keepdims=True))
         return np.concatenate([anything, self.embed(negatives)]) if negatives else anything
 
+    def voxel_features(
+        self, points: Float[np.ndarray, "N 3"], colors: UInt8[np.ndarray, "N 3"] | None = None
+    ) -> tuple[Float32[np.ndarray, "V C"], Int32[np.ndarray, "N"]]:
+        """What `encode` gives with every feature once: those of the occupied voxels, and the voxel of each point."""
+        ((features, voxel_of_point),) = self._per_voxel([points], [colors], lambda features: features)
+        return features, voxel_of_point
+
     def _per_point(self, clouds: Sequence, colors: Sequence | None, of_features: Callable) -> list[np.ndarray]:
-        """`of_features` of the features [v, C] of some voxels, gathered for every point of every cloud."""
+        """`of_features` of the features [v, C] of some voxels, for every point of every cloud."""
+        return [values[inverse] for values, inverse in self._per_voxel(clouds, colors, of_features)]
+
+    def _per_voxel(
+        self, clouds: Sequence, colors: Sequence | None, of_features: Callable
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`of_features` of the features [v, C] of some voxels, for all of every cloud, and the voxel of each point."""
         voxels = [voxelize(points, self.info["voxel_size"]) for points in clouds]
         colors = [None] * len(clouds) if colors is None else colors
         feats = [input_features(v, c, self.info["input_color"]) for v, c in zip(voxels, colors, strict=True)]
@@ -194,7 +207,7 @@ class Model:
             if results[scene] is None:
                 results[scene] = np.empty((len(voxels[scene].coords), values.shape[1]), values.dtype)
             results[scene][rows] = values
-        return [values[v.inverse] for values, v in zip(results, voxels, strict=True)]
+        return [(values, v.inverse) for values, v in zip(results, voxels, strict=True)]
 
     def _batches(self, coords: list[np.ndarray], feats: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, Any]]:
         """Scene, voxel rows and their features [v, C], until every voxel of every scene was given once."""
