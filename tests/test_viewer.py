@@ -205,7 +205,7 @@ def test_in_a_browser_a_query_paints_the_heat_map_and_a_click_names_the_point(br
         time.sleep(0.5)
     hot = heat_pixels(page)
     assert len(hot) >= 50
-    for x, y in hot[:: len(hot) // 4]:
+    for x, y in hot[:: len(hot) // 4].tolist():
         page.mouse.click(x, y, delay=50)
         time.sleep(0.3)
     page.get_by_text("The heat map shows what is like it").wait_for(timeout=20_000)
