@@ -1,5 +1,6 @@
 """Pictures of point clouds with NumPy alone: an orthographic look from above into the opened room."""
 
+import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,22 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND = 255
+_HEAT = np.array([[80, 18, 123], [182, 54, 121], [251, 136, 97], [252, 253, 191]], np.float64)  # dark to bright
+
+
+def heat(values: Float[np.ndarray, " N"]) -> UInt8[np.ndarray, "N 3"]:
+    """Colours of 0..1, from dark purple over orange to pale yellow; values outside take the nearest end's."""
+    stops = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(values, stops, channel) for channel in _HEAT.T], axis=1).round().astype(np.uint8)
+
+
+def distinct_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
+    """Colours as unlike as may be: hues a golden angle apart, in three strengths."""
+    number = np.arange(count)
+    hues = number * 0.618034 % 1
+    saturation, value = np.array([[0.75, 0.95], [0.9, 0.7], [0.5, 0.85]])[number % 3].T
+    rgb = [colorsys.hsv_to_rgb(*hsv) for hsv in zip(hues, saturation, value, strict=True)]
+    return np.round(255 * np.array(rgb).reshape(-1, 3)).astype(np.uint8)
 
 
 def render(

@@ -10,7 +10,7 @@ import ml_collections
 from absl import logging
 
 from data.ply import replacing
-from ggsd_jax import evaluate, prepare, train
+from ggsd_jax import evaluate, inference, prepare, train
 
 MODES = ["all", "prepare", "train", "eval"]
 
@@ -22,8 +22,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all") -> 
         ValueError: `workdir` belongs to another configuration.
     """
     _claim(workdir, config)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ggsd_jax" / "xla"))
+    inference.keep_compiled_programs()
     results_file = workdir / "results.json"
     if mode == "all" and results_file.exists():
         results = json.loads(results_file.read_text())

@@ -84,3 +84,38 @@ def clip_snapshot(tmp_path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """An untrained MinkUNet14A of one-sixteenth of the width, as a folder that `inference.load` takes."""
+    from flax.traverse_util import unflatten_dict
+
+    from data.synthetic import SYNTHETIC
+    from ggsd_jax import checkpoint
+    from ggsd_jax.minkunet import MinkUNet, _variable_shapes, architecture
+
+    arch = architecture("MinkUNet14A")
+    shapes = _variable_shapes(MinkUNet(arch.layers, tuple(p // 16 for p in arch.planes), 32, 2), 3)
+    rng = np.random.default_rng(0)
+    initial = {
+        "kernel": lambda shape: rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape),
+        "bias": np.zeros,
+        "scale": np.ones,
+        "mean": np.zeros,
+        "var": np.ones,
+    }
+    variables = unflatten_dict({path: initial[path[-1]](shape).astype(np.float32) for path, shape in shapes.items()})
+    info = {
+        "arch": "MinkUNet14A",
+        "voxel_size": 0.1,
+        "input_color": False,
+        "text_encoder": "stand-in:32",
+        "prompt": "a {} in a scene",
+        "label_set": "synthetic",
+        "classes": list(SYNTHETIC.classes),
+        "trained_on": {"dataset": "synthetic", "teacher": "simulated", "scenes": 0},
+    }
+    folder = tmp_path_factory.mktemp("untrained") / "model"
+    checkpoint.save_model(folder, variables, info)
+    return folder

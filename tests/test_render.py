@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from ggsd_jax.render import render, side_by_side
+from ggsd_jax.render import distinct_colors, heat, render, side_by_side
 
 
 def test_a_near_point_covers_a_far_one_and_the_ceiling_is_taken_off():
@@ -21,3 +21,8 @@ def test_panels_stand_side_by_side_over_a_legend(tmp_path):
     side_by_side(tmp_path / "a.png", points, panels, {"wall": np.array([1, 2, 3], np.uint8)})
     with Image.open(tmp_path / "a.png") as image:
         assert image.width == 2 * 480 and image.height > 420
+
+
+def test_heat_grows_brighter_and_distinct_colors_differ():
+    assert (np.diff(heat(np.linspace(0, 1, 50)).sum(axis=1).astype(int)) > 0).all()
+    assert len(np.unique(distinct_colors(60), axis=0)) == 60 and distinct_colors(0).shape == (0, 3)

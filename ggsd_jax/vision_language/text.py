@@ -26,9 +26,9 @@ _STAND_IN_WIDTH = 64
 # One axis of the stand-in per concept. A name that holds several of the words has several concepts.
 _CONCEPTS = {
     "seat": "chair armchair sofa couch stool bench ottoman seat loveseat",
-    "soft": "bed sofa couch pillow cushion mattress blanket crib towel clothes",
+    "soft": "soft bed sofa couch pillow cushion mattress blanket crib towel clothes",
     "table": "table desk counter nightstand workbench",
-    "storage": "cabinet bookshelf bookcase shelf shelves wardrobe dresser drawer cupboard closet chest box",
+    "storage": "storage cabinet bookshelf bookcase shelf shelves wardrobe dresser drawer cupboard closet chest box",
     "appliance": "refrigerator fridge oven stove microwave dishwasher washer machine heater radiator",
     "bath": "sink bathtub toilet shower basin bath faucet urinal",
     "structure": "wall floor ceiling column pillar beam stairs",

@@ -1,0 +1,327 @@
+"""Asks scans for anything in words, or labels all of their points; prints, paints and stores the answer.
+
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "somewhere to sleep"
+  python -m ggsd_jax.query --model=out/demo --scene=scans/ "piano"               which room has one?
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       or --labels=words.txt
+
+A scan is a PLY or .npz file (data/scene.py) in metres, z up; it needs no images, labels or colours. Of each scan the
+folder --out then holds a coloured PLY, the scores (.npz) and a picture (PNG).
+
+A score is between 0 and 1, and over 0.5 where a point is nearer to the words than to "anything" (the mean of the
+classes the network was trained for) and to the words of --without. Regions are ordered by their area times how far
+their mean score is over the threshold, scenes by their best region.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int32, UInt8
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from data.labels import LABEL_SETS, LabelSet
+from data.ply import replacing, write_ply
+from data.scene import Scene, read_ply
+from data.synthetic import SYNTHETIC
+from ggsd_jax import inference, render
+from ggsd_jax.inference import Model
+from kernels.voxel_grid import kernel_map, voxelize
+
+THRESHOLD = 0.5
+MIN_POINTS = 20  # a region of fewer is a speck
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+_READERS = {".ply": read_ply, ".npz": Scene.load_npz}
+_TALLEST, _WIDEST = 100.0, 2000.0  # metres; of a scan that is believed to be in metres
+
+# ------------------------------------------------------------------------------------------------- the answer
+
+
+class Region(NamedTuple):
+    """A connected part of a scan that was found."""
+
+    points: Int[np.ndarray, " R"]
+    """Ascending rows of the scan."""
+    centre: Float[np.ndarray, "3"]
+    extent: Float[np.ndarray, "3"]
+    """Metres: middle and edges of its box along x, y, z."""
+    score: float
+    """Mean of its points."""
+    evidence: float
+    """Square metres times how far the score is over the threshold."""
+
+
+def regions(
+    points: Float[np.ndarray, "N 3"], scores: Float[np.ndarray, " N"], threshold: float, cell: float
+) -> list[Region]:
+    """Connected regions of the points with a score over `threshold`, most evidence first; none of under `MIN_POINTS`.
+
+    Args:
+        points: metres.
+        scores: of one query, 0..1.
+        cell: metres; points are connected where the cells of this size that hold them touch, if only at a corner.
+    """
+    found = np.flatnonzero(scores > threshold)
+    if not found.size:
+        return []
+    voxels = voxelize(points[found], cell)
+    pairs, _ = kernel_map(np.pad(voxels.coords, ((0, 0), (1, 0))), kernel_size=3)
+    real = pairs.in_index < pairs.num_in
+    links = (np.ones(real.sum(), bool), (pairs.in_index[real], pairs.out_index[real]))
+    _, part = connected_components(coo_array(links, shape=(pairs.num_in, pairs.num_out)), directed=False)
+    cells = np.bincount(part)
+    part = part[voxels.inverse]
+    order = np.argsort(part, kind="stable")
+    result = []
+    for index, rows in enumerate(np.split(found[order], np.cumsum(np.bincount(part))[:-1])):
+        if len(rows) >= MIN_POINTS:
+            low, high = points[rows].min(axis=0), points[rows].max(axis=0)
+            score = float(scores[rows].mean())
+            evidence = float(cells[index]) * cell**2 * (score - threshold)
+            result.append(Region(rows, (low + high) / 2, high - low, score, evidence))
+    return sorted(result, key=lambda region: -region.evidence)
+
+
+def winners(scores: Float[np.ndarray, "N Q"], threshold: float) -> Int32[np.ndarray, " N"]:
+    """The query with the highest score over `threshold` at each point, -1 = none."""
+    best = scores.argmax(axis=1)
+    return np.where(scores.max(axis=1) > threshold, best, -1).astype(np.int32)
+
+
+# --------------------------------------------------------------------------------------------------- the scan
+
+
+def scene_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The scans that some files and folders name, those of a folder by name.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no scan in a folder.
+        ValueError: a file of another kind, or two scans whose results would have the same name.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+            if not inside:
+                raise FileNotFoundError(f"{path}: no {' or '.join(_READERS)} file in this folder")
+            files += inside
+        elif not path.is_file():
+            raise FileNotFoundError(f"{path}: no such scan")
+        elif path.suffix.lower() not in _READERS:
+            raise ValueError(f"{path}: expected a {' or '.join(_READERS)} file; convert it, e.g. with CloudCompare")
+        else:
+            files.append(path)
+    stems: dict[str, Path] = {}
+    for file in files:
+        other = stems.setdefault(file.stem, file)
+        if other is not file:
+            raise ValueError(f"{other} and {file}: results are named after scans, and these have the same name")
+    return files
+
+
+def read_scene(path: Path, unit: str | None = None) -> Scene:
+    """Reads a scan and converts it to metres; `unit` None takes it for metres where that is plausible.
+
+    Raises:
+        ValueError: the file is not as its reader wants it, or its size says that it is not in metres.
+    """
+    scene = _READERS[path.suffix.lower()](path)
+    if unit is None:
+        check_metres(path, scene.points)
+        return scene
+    if UNITS[unit] == 1:
+        return scene
+    points = (scene.points.astype(np.float64) * UNITS[unit]).astype(np.float32)
+    return Scene(**{**vars(scene), "points": points})
+
+
+def check_metres(path: Path, points: Float32[np.ndarray, "N 3"]) -> None:
+    """Raises ValueError where a scan is too large for metres; one point in a hundred may lie far out."""
+    width, depth, height = np.ptp(np.quantile(points, [0.005, 0.995], axis=0), axis=0)
+    if height <= _TALLEST and max(width, depth) <= _WIDEST:
+        return
+    guess = "mm" if max(width, depth, height) > 1000 else "cm"
+    raise ValueError(
+        f"{path}: {width:.5g} x {depth:.5g} x {height:.5g} m is large for a scan. Is it in "
+        f"{'millimetres' if guess == 'mm' else 'centimetres'}? Say --unit={guess}; or --unit=m if it is in metres"
+    )
+
+
+def word_list(name: str) -> LabelSet:
+    """A label set of `data.labels` by name, or the lines of a text file with colours of their own.
+
+    Raises:
+        ValueError: neither; the nearest name is suggested. Or a file without words.
+        FileNotFoundError: a `.txt` that is not there.
+    """
+    path = Path(name)
+    if path.suffix == ".txt" or path.is_file():
+        try:
+            words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such list of labels") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text file, one label per line: {error}") from error
+        if not words:
+            raise ValueError(f"{path}: no label in it; write one per line")
+        return LabelSet(path.stem, tuple(words), render.distinct_colors(len(words)))
+    return SYNTHETIC if name == SYNTHETIC.name else LABEL_SETS[name]
+
+
+# ---------------------------------------------------------------------------------------------- paint and store
+
+
+def greyed(scene: Scene) -> UInt8[np.ndarray, "N 3"]:
+    """The scan in dim shades of grey, on which found things stand out."""
+    if scene.colors is None:
+        return np.full(scene.points.shape, 150, np.uint8)
+    grey = 70 + 0.45 * scene.colors.mean(axis=1, keepdims=True)
+    return np.broadcast_to(grey, scene.points.shape).astype(np.uint8)
+
+
+def heat_map(
+    scores: Float[np.ndarray, " N"], threshold: float, background: UInt8[np.ndarray, "N 3"]
+) -> UInt8[np.ndarray, "N 3"]:
+    """Points over the threshold in the colours of heat, up to the highest score; the others keep the background."""
+    found = scores > threshold
+    top = max(float(scores.max()) - threshold, 1e-6)
+    return np.where(found[:, None], render.heat((scores - threshold) / top), background)
+
+
+def _store(
+    out: Path, scene: Scene, colors: np.ndarray, ids: np.ndarray, words: Sequence[str], scores: np.ndarray
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    of_words = {f"score_{i}": column for i, column in enumerate(scores.T)} if scores.shape[1] <= 16 else {}
+    write_ply(out / f"{scene.name}.ply", scene.points, colors=colors, label=ids, **of_words)
+    with replacing(out / f"{scene.name}.npz") as file:
+        np.savez(file, points=scene.points, words=np.array(words), scores=scores, ids=ids)
+
+
+def _legend(words: Sequence[str], palette: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(words, palette, strict=True))
+
+
+def answer(model: Model, scene: Scene, args: argparse.Namespace) -> list[list[Region]]:
+    """Prints and stores what was found of every query in a scene; returns the regions of each."""
+    words = args.words
+    scores = model.query(scene.points, words, args.without, scene.colors)
+    ids = winners(scores, args.threshold)
+    palette, grey = render.distinct_colors(len(words)), greyed(scene)
+    painted = np.where(ids[:, None] >= 0, palette[ids], grey)
+    _store(args.out, scene, painted, ids, words, scores)
+    panels = {"input": grey if scene.colors is None else scene.colors, "found": painted}
+    if len(words) <= 4:
+        panels |= {f'"{word}"': heat_map(scores[:, i], args.threshold, grey) for i, word in enumerate(words)}
+    render.side_by_side(args.out / f"{scene.name}.png", scene.points, panels, _legend(words, palette))
+
+    print(f"\n{scene.name}: {len(scene.points):,} points")
+    cell = 2 * model.info["voxel_size"]
+    found = [regions(scene.points, column, args.threshold, cell) for column in scores.T]
+    for word, column, parts in zip(words, scores.T, found, strict=True):
+        share, best = (column > args.threshold).mean(), column.max()
+        print(f'  "{word}": {share:.1%} of the points, {_count(len(parts), "region")}, best score {best:.2f}')
+        for part in parts[: args.top]:
+            where = f"centre {_metres(part.centre, ', ')}  extent {_metres(part.extent, ' x ')}"
+            print(f"    score {part.score:.2f}  {where}  {len(part.points):,} points")
+        if len(parts) > args.top:
+            print(f"    and {len(parts) - args.top} more (--top)")
+    return found
+
+
+def label(model: Model, scene: Scene, labels: LabelSet, args: argparse.Namespace) -> None:
+    """Labels every point of a scene; prints and stores the outcome."""
+    ids, scores = model.segment(scene.points, labels.classes, scene.colors)
+    painted = labels.colorize(ids)
+    _store(args.out, scene, painted, ids, labels.classes, scores)
+    counts = np.bincount(ids, minlength=len(labels.classes))
+    seen = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    panels = {"input": greyed(scene) if scene.colors is None else scene.colors, labels.name: painted}
+    legend = {labels.classes[i]: labels.palette[i] for i in seen[:24]}
+    render.side_by_side(args.out / f"{scene.name}.png", scene.points, panels, legend)
+    print(f"\n{scene.name}: {len(scene.points):,} points")
+    for i in seen:
+        print(f"  {counts[i] / len(ids):7.2%}  {labels.classes[i]}")
+
+
+def rank(found: dict[str, list[list[Region]]], words: Sequence[str], top: int) -> None:
+    """Prints the scenes in which each query was found, best first."""
+    for i, word in enumerate(words):
+        best = {name: parts[i][0] for name, parts in found.items() if parts[i]}
+        print(f'\n"{word}" is in {len(best)} of {_count(len(found), "scene")}')
+        for name in sorted(best, key=lambda name: -best[name].evidence)[:top]:
+            print(f"  {name}: score {best[name].score:.2f}, extent {_metres(best[name].extent, ' x ')}")
+
+
+def _metres(values: np.ndarray, separator: str) -> str:
+    return separator.join(f"{value:.2f}" for value in values) + " m"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    args.words = [" ".join(word.split()) for word in args.words]
+    if bool(args.words) == bool(args.labels):
+        raise ValueError('say what to look for, e.g. "chair" "somewhere to sleep", or --labels=nyu40 (one of the two)')
+    if not all([*args.words, *args.without]):
+        raise ValueError("a query is empty: name a thing to look for")
+    if not 0 < args.threshold < 1:
+        raise ValueError(f"--threshold={args.threshold}: scores are between 0 and 1, 0.5 is as near as to anything")
+    if args.top < 1:
+        raise ValueError(f"--top={args.top}: list at least one region")
+    labels = word_list(args.labels) if args.labels else None
+    files = scene_files(args.scene)
+    for file in files:
+        if file.resolve().parent == args.out.resolve():
+            raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
+    inference.keep_compiled_programs()
+    model = inference.load(args.model)
+    found = {}
+    for file in files:
+        scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+        if labels is None:
+            found[scene.name] = answer(model, scene, args)
+        else:
+            label(model, scene, labels, args)
+    if len(found) > 1:
+        rank(found, args.words, args.top)
+    print(f"\nwritten: {args.out}/  (.ply coloured, .npz scores, .png picture of each scan)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m ggsd_jax.query", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sets = ", ".join([SYNTHETIC.name, *LABEL_SETS])
+    add = parser.add_argument
+    add("words", nargs="*", metavar="WORDS", help="what to look for; quote each query")
+    add("--model", required=True, type=Path, help="work directory of a run, or an exported model")
+    add("--scene", required=True, action="append", help="a scan, or a folder of scans; can be repeated")
+    add("--without", action="append", default=[], metavar="WORDS", help="what is not meant; can be repeated")
+    add("--labels", help=f"label every point: {sets}, or a .txt file with a label per line")
+    add("--threshold", type=float, default=THRESHOLD, help="score over which a point is found (%(default)s)")
+    add("--top", type=int, default=5, help="regions and scenes to list (%(default)s)")
+    add("--unit", choices=UNITS, help="of the scan; metres unless said otherwise")
+    add("--out", type=Path, default=Path("out/query"), help="folder for the results (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

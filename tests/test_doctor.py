@@ -1,0 +1,79 @@
+import importlib.metadata
+
+import numpy as np
+import pytest
+
+from data.ply import write_ply
+from ggsd_jax import doctor
+
+
+def report(capsys, *paths):
+    """Exit status and printed lines."""
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([str(path) for path in paths])
+    return stopped.value.code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("version", "state"), [((3, 10), "FAIL"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "FAIL")])
+def test_pythons_without_pins_are_refused(version, state):
+    assert doctor.python(version).state == state
+
+
+def test_missing_packages_fail_and_other_versions_are_noted(tmp_path):
+    (tmp_path / "requirements.txt").write_text(
+        "# why\njax==1.0; python_version >= '3.0'\njax==0.1; python_version < '3.0'\nnumpy==2.0\nflax==3.0\n"
+    )
+    versions = {"jax": "1.0", "numpy": "1.0"}
+
+    def installed(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    missing, other = doctor.packages(tmp_path / "requirements.txt", installed)
+    assert (missing.state, missing.what) == ("FAIL", "not installed: flax")
+    assert other.state == "note" and "numpy 1.0 (pinned==2.0)" in other.what and "jax" not in other.what
+    versions |= {"numpy": "2.0", "flax": "3.0"}
+    assert [check.state for check in doctor.packages(tmp_path / "requirements.txt", installed)] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "nvidia", "state", "says"),
+    [
+        ("cpu", None, False, "ok", "run on XLA"),
+        ("cpu", None, True, "note", "does not use"),
+        ("gpu", "9.0", True, "ok", "Pallas kernels can run"),
+        ("gpu", "10.0", True, "ok", "Pallas kernels can run"),
+        ("gpu", "7.5", True, "note", "XLA is used"),
+        ("gpu", "gfx90a", False, "note", "XLA is used"),
+    ],
+)
+def test_pallas_needs_an_nvidia_gpu_of_capability_8(platform, capability, nvidia, state, says):
+    check = doctor.pallas(platform, capability, nvidia)
+    assert check.state == state and says in check.what
+
+
+def test_a_full_disk_fails_a_small_one_is_noted():
+    assert [doctor.disk(free=size).state for size in (int(5e8), int(5e9), int(5e10))] == ["FAIL", "note", "ok"]
+
+
+def test_this_machine_computes_and_paths_are_told_apart(model_dir, tmp_path, capsys):
+    write_ply(tmp_path / "room.ply", np.zeros((3, 3), np.float32))
+    np.savez(tmp_path / "words.npz", embedding=np.eye(2, 8), names=np.array(["chair", "wall"]))
+    status, printed = report(capsys, model_dir, tmp_path / "room.ply", tmp_path / "words.npz")
+    assert "ok    jax" in printed and "MinkUNet14A" in printed
+    assert "room.ply: 1 scan, the first of 3 points" in printed and "words.npz: a text encoder, 8 wide" in printed
+    assert status == int("FAIL" in printed)
+
+
+def test_every_broken_path_fails_with_the_reason(shared, tmp_path, capsys):
+    (tmp_path / "cut.ply").write_bytes(b"ply\nformat ascii 1.0\n")
+    (tmp_path / "scannetv2_val.txt").write_text("scene0000_00\n")
+    (tmp_path / "scannetv2_train.txt").write_text("")
+    (tmp_path / "notes.txt").write_text("hello")
+    golden = shared / "golden/narrow_ckpt.pth.tar"
+    status, printed = report(capsys, tmp_path / "lost", tmp_path / "cut.ply", tmp_path, tmp_path / "notes.txt", golden)
+    assert status == 1
+    for says in ("lost: there is no such", "cut.ply: ValueError", "none of its 1 scenes", "notes.txt: neither a model"):
+        assert says in printed
+    assert "OpenScene checkpoint, MinkUNet18A, 96 channels" in printed

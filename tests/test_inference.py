@@ -1,0 +1,111 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ggsd_jax import inference
+
+
+@pytest.fixture(scope="module")
+def model(model_dir) -> inference.Model:
+    return inference.load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def corridor() -> np.ndarray:
+    """60 m of floor and wall with boxes along it."""
+    rng = np.random.default_rng(0)
+    floor = rng.uniform(0, 1, (4000, 3)) * [60, 0.9, 0]
+    wall = rng.uniform(0, 1, (2000, 3)) * [60, 0, 0.4]
+    boxes = [rng.uniform(0, 1, (60, 3)) * [0.6, 0.3, 0.4] + [x, 0.2, 0] for x in rng.uniform(0, 59, 20)]
+    return np.concatenate([floor, wall, *boxes]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(model, corridor) -> np.ndarray:
+    """Features of the corridor, seen at once."""
+    return model.encode(corridor)
+
+
+def room(seed: int) -> np.ndarray:
+    """A patch of floor with a box on it."""
+    rng = np.random.default_rng(seed)
+    floor, box = rng.uniform(0, 1, (700, 3)) * [3, 2, 0], rng.uniform(0, 1, (200, 3)) * [0.6, 0.6, 0.8]
+    return np.concatenate([floor, box + [1, 1, 0]]).astype(np.float32)
+
+
+def test_several_clouds_in_one_batch_are_encoded_as_one_by_one(model):
+    clouds = [room(0), room(1)[:5], room(2)]
+    for together, points in zip(model.encode_scenes(clouds), clouds, strict=True):
+        np.testing.assert_allclose(together, model.encode(points), atol=1e-5 * np.abs(together).max())
+
+
+def test_with_a_halo_as_wide_as_the_network_sees_tiles_change_nothing(model, corridor, whole):
+    tiled = dataclasses.replace(model, max_voxels=4000, halo=160)
+    np.testing.assert_allclose(tiled.encode(corridor), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_seams_do_not_show_in_the_labels_unless_there_is_no_halo(model, corridor, whole):
+    texts = model.embed(model.info["classes"])
+    labels = (whole @ texts.T).argmax(axis=1)
+    assert np.bincount(labels).max() < 0.9 * len(corridor)
+
+    def changed(halo: int) -> float:
+        ids, _ = dataclasses.replace(model, max_voxels=1800, halo=halo).segment(corridor)
+        return (ids != labels).mean()
+
+    assert changed(48) < 0.001 < 0.004 < changed(0)
+
+
+def test_no_batch_is_larger_than_the_memory_bound(model, monkeypatch):
+    shown, build = [], inference.build_pyramid
+    monkeypatch.setattr(
+        inference, "build_pyramid", lambda coords, **kw: shown.append(len(coords)) or build(coords, **kw)
+    )
+    dataclasses.replace(model, max_voxels=500, halo=4).encode_scenes([room(4), room(5)])
+    assert len(shown) > 2 and max(shown) <= 500
+
+
+def test_similarity_is_the_cosine_of_features_and_texts(model):
+    points, embedding = room(6), model.embed(["chair", "wall"])
+    cosine = inference.unit(model.encode(points)) @ embedding.T
+    np.testing.assert_allclose(model.similarity(points, embedding), cosine, atol=1e-6)
+
+
+def test_a_score_is_over_a_half_where_the_word_is_nearer_than_all_it_is_held_against():
+    positive = np.array([[0.5, 0.2], [0.3, 0.31]], np.float32)
+    contrast = np.array([[0.4, 0.1], [0.2, 0.3]], np.float32)
+    scores = inference.relevancy(positive, contrast)
+    np.testing.assert_array_equal(scores > 0.5, [[True, False], [False, True]])
+    assert scores[0, 0] == pytest.approx(np.e / (1 + np.e))
+
+
+def test_a_query_scores_the_words_that_a_feature_says(model):
+    """A network whose features are texts, but for noise."""
+    rng = np.random.default_rng(0)
+    texts = model.embed(model.info["classes"])
+    features = inference.unit(texts + 0.05 * rng.standard_normal(texts.shape).astype(np.float32))
+    contrast = model.contrast()
+    scores = inference.relevancy(features @ texts.T, features @ contrast.T)
+    np.testing.assert_array_equal(scores.argmax(axis=0), np.arange(len(texts)))
+    assert (np.diag(scores) > 0.9).all()
+
+
+def test_negatives_lower_scores_and_never_raise_them(model):
+    points = room(7)
+    alone, held = model.query(points, ["chair", "bed"]), model.query(points, ["chair", "bed"], ["stool"])
+    assert (held <= alone).all() and (held < alone).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.encode(np.zeros((0, 3), np.float32)), "points has no rows"),
+        (lambda m: m.segment(room(0), []), "labels is empty"),
+        (lambda m: m.query(room(0), []), "words is empty"),
+        (lambda m: m.query(room(0), [" "]), "not empty"),
+    ],
+)
+def test_bad_input_is_refused_in_words(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
