@@ -67,15 +67,30 @@ def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
 
 
 def read_cloud(path: str | os.PathLike, scale: float = 1.0) -> Scene:
+    """The cloud of a file in metres.
+
+    Args:
+      path: as for `read_file`.
+      scale: metres per unit of the file: 0.001 where it is in millimetres.
+
+    Raises:
+      ValueError: what `read_file` raises, or a cloud of a size that is not in metres.
+    """
+    scene = read_file(path)
+    points = scene.points * np.float32(scale)
+    _check_metres(Path(path), points, scale)
+    return dataclasses.replace(scene, points=points)
+
+
+def read_file(path: str | os.PathLike) -> Scene:
     """Points, and where the file has them colours, normals and labels, of a cloud named after its file.
 
     Args:
       path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
-      scale: metres per unit of the file: 0.001 where it is in millimetres.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another kind of file, a corrupt one, or a cloud of a size that is not in metres.
+      ValueError: another kind of file, or a corrupt one.
     """
     path = Path(path)
     if path.suffix.lower() not in CLOUD_SUFFIXES:
@@ -83,21 +98,18 @@ def read_cloud(path: str | os.PathLike, scale: float = 1.0) -> Scene:
     try:
         match path.suffix.lower():
             case ".ply":
-                scene = _with_labels(read_ply(path), read_ply_columns(path).get("label"))
+                return _with_labels(read_ply(path), read_ply_columns(path).get("label"))
             case ".npz":
-                scene = Scene.load_npz(path)
+                return Scene.load_npz(path)
             case ".pcd":
                 columns = read_pcd_columns(path)
-                scene = _with_labels(_scene_of_columns(path, columns), columns.get("label"))
+                return _with_labels(_scene_of_columns(path, columns), columns.get("label"))
             case _:
-                scene = _scene_of_columns(path, _read_text(path))
+                return _scene_of_columns(path, _read_text(path))
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
-    points = scene.points * np.float32(scale)
-    _check_metres(path, points, scale)
-    return dataclasses.replace(scene, points=points)
 
 
 def _scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:

@@ -5,8 +5,8 @@
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       or --labels=words.txt
 
-A scan is a PLY or .npz file (data/scene.py) in metres, z up; it needs no images, labels or colours. Of each scan the
-folder --out then holds a coloured PLY, the scores (.npz) and a picture (PNG).
+A scan is a .ply, .pcd, .npz or .xyz file (data/folder.py) in metres, z up; it needs no images, labels or colours. Of
+each scan the folder --out then holds a coloured PLY, the scores (.npz) and a picture (PNG).
 
 A score is between 0 and 1, and over 0.5 where a point is nearer to the words than to "anything" (the mean of the
 classes the network was trained for) and to the words of --without. Regions are ordered by their area times how far
@@ -24,6 +24,7 @@ from jaxtyping import Float, Float32, Int, Int32, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from data.folder import CLOUD_SUFFIXES, read_file
 from data.labels import LABEL_SETS, LabelSet
 from data.ply import replacing, write_ply
 from data.scene import Scene, read_ply
@@ -35,7 +36,7 @@ from kernels.voxel_grid import kernel_map, voxelize
 THRESHOLD = 0.5
 MIN_POINTS = 20  # a region of fewer is a speck
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
-_READERS = {".ply": read_ply, ".npz": Scene.load_npz}
+_READERS = dict.fromkeys(CLOUD_SUFFIXES, read_file) | {".ply": read_ply}  # whose labels need not be classes
 _TALLEST, _WIDEST = 100.0, 2000.0  # metres; of a scan that is believed to be in metres
 
 # ------------------------------------------------------------------------------------------------- the answer

@@ -115,7 +115,7 @@ def test_a_large_place_with_stray_points_is_believed_to_be_in_metres(tmp_path):
         (["--scene={folder}/a.ply", "--labels=lost.txt"], "lost.txt: no such list"),
         (["--scene={folder}/a.ply", "chair", "--threshold=50"], "between 0 and 1"),
         (["--scene={folder}", "chair", "--out={folder}"], "would be overwritten"),
-        (["--scene=pyproject.toml", "chair"], "expected a .ply or .npz file"),
+        (["--scene=pyproject.toml", "chair"], "expected a .ply or .pcd or .npz or .xyz file"),
         (["--scene={folder}/a.ply", "chair", "--model=tests"], "holds no model"),
     ],
 )
