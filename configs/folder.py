@@ -1,7 +1,7 @@
 """GGSD on a folder of your own: clouds, and best also posed images; no labels are needed.
 
   python -m ggsd_jax.main --config=configs/folder.py --workdir=out/mine --mode=prepare --config.data.root=/data/mine \\
-      --config.text.encoder=/data/clip_nyu40_vitb32_512.npz
+      --config.teacher.weights=/data/clip-vit-base-patch16 --config.text.encoder=/data/clip-vit-base-patch16
 
 then the same with `--mode=train`. `data.root` holds
 
@@ -15,8 +15,9 @@ then the same with `--mode=train`. `data.root` holds
     depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image
 
 Scenes named in `val.txt` (one per line, labelled with the ids of `data.label_set`) are scored, all others trained on.
-Clouds or poses in millimetres: `--config.data.scale=0.001`. A real 2D network has to look at the images; labelled
-clouds without images are looked at by simulated cameras and the simulated network.
+Clouds or poses in millimetres: `--config.data.scale=0.001`. A real 2D network looks at the images; its weights and
+the text go together as configs/scannet.py says. Labelled clouds without images are looked at by simulated cameras and,
+with `--config.teacher.name=simulated`, by the simulated network.
 
 The hyper-parameters are those of the paper's indoor data sets; there is no score to expect. Out of doors take
 voxel_size and superpoints from configs/nuscenes.py.
@@ -63,7 +64,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.name = "maskclip"  # or lseg, or simulated for labelled clouds
+    config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
+    # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18
     config.teacher.temperature = 0.25

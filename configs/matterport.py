@@ -16,7 +16,8 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 
 The paper trains with batch size 8 on one A100 (80 GB) with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
 54.4 mAcc for K = 21; 22.8/31.6, 11.9/16.2, 6.3/9.6 for K = 40, 80, 160) are those of the network trained on ScanNet;
-it reports none for training here. The teacher here is simulated from the labels of the regions.
+it reports none for training here. The teacher's name and weights: as in configs/scannet.py; the default
+is simulated from the labels of the regions.
 """
 
 import ml_collections
@@ -59,7 +60,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
+    # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18
     config.teacher.temperature = 0.25

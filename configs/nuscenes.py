@@ -17,7 +17,8 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 --config.data.root=/data/nuscenes_3d --config.data.features=/data/nuscenes_multiview_openseg`.
 
 The paper trains on four A100 (80 GB) in about a day with OpenSeg as the teacher and reports 46.1 mIoU, 59.2 mAcc on
-the validation keyframes. The teacher here is simulated from the labels of the scenes.
+the validation keyframes. OpenSeg is not part of this project; `teacher.name=maskclip
+teacher.weights=FOLDER` takes CLIP's public weights, the default is simulated from the labels.
 """
 
 import ml_collections
@@ -62,7 +63,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
+    # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18
     config.teacher.temperature = 0.25

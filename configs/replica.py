@@ -1,12 +1,13 @@
 """GGSD on Replica, which has no labels: train on its eight scenes, then ask them anything.
 
   python -m ggsd_jax.main --config=configs/replica.py --workdir=out/replica --mode=prepare \\
-      --config.data.root=/data/Replica --config.text.encoder=/data/clip_matterport21_vitb32_512.npz
+      --config.data.root=/data/Replica --config.teacher.weights=/data/clip-vit-base-patch16 \\
+      --config.text.encoder=/data/clip-vit-base-patch16
 
 then the same with `--mode=train`; there is nothing to score. `data.root` is either Replica as rendered for NICE-SLAM
 (cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: `office0_mesh.ply`, `office0/traj.txt`, `office0/results/`, ...) or
 OpenScene's `replica_processed` (`replica_3d/`, `replica_2d/`); every 10th frame is used. The 2D teacher has to be a
-real network: the simulated one looks at labels.
+real network: the simulated one looks at labels. Weights and text go together as configs/scannet.py says.
 
 OpenScene only shows pictures of Replica, made with a network trained elsewhere, and the paper does not use it: there
 are no hours to expect and no score to compare. The hyper-parameters are those of the paper's indoor data sets.
@@ -50,16 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
-    config.teacher.fragment_mistakes = 0.1
-    config.teacher.view_mistakes = 0.18
-    config.teacher.temperature = 0.25
-    config.teacher.fragment_size = 1.0  # metres
-    config.teacher.ambiguity = 0.15
-    config.teacher.bleeding = 0.01
-    config.teacher.lighting = 0.4
-    config.teacher.pixel_noise = 1.0
-    config.teacher.seed = 0
+    config.teacher.name = "maskclip"  # or lseg
+    config.teacher.weights = ""
+    config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
 
     config.text = ml_collections.ConfigDict()
     config.text.encoder = ""  # an .npz with the CLIP embedding of each class name
