@@ -223,6 +223,7 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     dataclasses.replace(labelled, labels=None).save_npz(tmp_path / "attic.npz")
     (tmp_path / "val.txt").write_text("hall\n")
     config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
+    config.teacher.name = "simulated"
     config.update_from_flattened_dict(
         {"data.root": str(tmp_path), "data.chunks": 1, "data.prepare_workers": 0, "text.encoder": "stand-in:64"}
     )
