@@ -1,0 +1,296 @@
+"""Sparse convolution for NVIDIA GPUs of compute capability 8.0 and above: Pallas kernels, compiled by Triton.
+
+An implicit GEMM, stationary in the output. Output rows are sorted by the set of offsets under which they have a
+neighbour, so that a tile of rows shares most of them; each tile visits its live offsets alone, gathers one input
+row per output row and adds one dense product (the design of spconv 2 and TorchSparse++, arXiv 2311.12862). The
+gradient in the features is the same kernel on the map seen from its other side. The gradient in the weights runs
+over the pairs of one offset in a fixed number of parts, summed at the end. Sums are float32 and nothing is
+atomic: the same input gives the same bits.
+
+The tiles are derived from the map's pairs on the device. All convolutions over a map ask for the same ones, and
+under jit the compiler computes them once.
+"""
+
+import contextlib
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.sparse_conv import tuning
+from kernels.sparse_conv.tuning import Blocks
+
+INTERPRET = "interpret"
+_DTYPES = ("float32", "bfloat16", "float16")
+_MASK_BITS = 31  # of a sort key; larger kernels share bits
+_CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
+_WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
+
+_forced_target: str | None = None
+
+
+class _Plan(NamedTuple):
+    """What is decided while tracing."""
+
+    precision: lax.Precision
+    interpret: bool
+    conv: Blocks
+    input_gradient: Blocks
+    weight_gradient: Blocks
+
+
+class _RowTiles(NamedTuple):
+    """Output rows in tiles of R, and the inputs they read under each of the K offsets."""
+
+    count: jax.Array  # int32 [T]: offsets under which some row of the tile has a neighbour
+    offset: jax.Array  # int32 [T, K]: those offsets, then the others
+    index: jax.Array  # int32 [T, K, R]: input row under the j-th offset of the tile, num_in for none
+    order: jax.Array  # int32 [T * R]: output row, num_out past the end
+
+
+@contextlib.contextmanager
+def targeting(target: str):
+    """Trace kernels for `target` whatever the device: "sm_80", "sm_90", or `INTERPRET` to run them without a GPU.
+
+    A jitted function keeps the kernels it was first traced with.
+    """
+    global _forced_target
+    before, _forced_target = _forced_target, target
+    try:
+        yield
+    finally:
+        _forced_target = before
+
+
+def _target() -> str:
+    """The architecture kernels are traced for, "sm_90" say; else the name of a device that is not NVIDIA's."""
+    if _forced_target:
+        return _forced_target
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return f"sm_{capability.replace('.', '')}" if re.fullmatch(r"\d+\.\d", capability) else device.device_kind
+
+
+def unsupported(dtype) -> str | None:
+    """Why features of this dtype cannot be convolved here; None if they can."""
+    target = _target()
+    if target != INTERPRET and not (target.startswith("sm_") and int(target[3:]) >= 80):
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or above, and the default device is {target}"
+    if jnp.dtype(dtype).name not in _DTYPES:
+        return f"it computes in {', '.join(_DTYPES)}, and the features are {jnp.dtype(dtype).name}"
+    return None
+
+
+def sparse_conv(features, weights, kernel_map, transposed):
+    """See `api.sparse_conv`."""
+    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
+    if transposed:
+        source, target, num_out = target, source, kernel_map.num_in
+    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
+    return _conv(_plan(weights), num_out, features, weights, pairs)
+
+
+def _plan(weights) -> _Plan:
+    volume, channels_in, channels_out = weights.shape
+    dtype, arch = jnp.dtype(weights.dtype).name, _target()
+    tf32 = dtype == "float32" and jax.config.jax_default_matmul_precision == "tensorfloat32"
+
+    def blocks(kernel: str, channels_in: int, channels_out: int) -> Blocks:
+        key = tuning.Key(
+            kernel, channels_in, channels_out, round(volume ** (1 / 3)), "tensorfloat32" if tf32 else dtype, arch
+        )
+        return tuning.lookup(key)
+
+    return _Plan(
+        lax.Precision.HIGH if tf32 else lax.Precision.HIGHEST,  # of float32 operands; others are taken as they are
+        arch == INTERPRET,
+        blocks("conv", channels_in, channels_out),
+        blocks("conv", channels_out, channels_in),
+        blocks("weight_gradient", channels_in, channels_out),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- row tiles
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_volume", "num_in", "num_out", "rows"))
+def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: int) -> _RowTiles:
+    source, target, offset, _ = pairs
+    k = jnp.broadcast_to(offset[:, None], target.shape)
+    tiles = pl.cdiv(num_out, rows)
+
+    # Padding pairs have target num_out: out of bounds wherever they are scattered to, and dropped.
+    pairs_of_offset = jnp.zeros(kernel_volume, jnp.int32).at[offset].add((target < num_out).sum(1, dtype=jnp.int32))
+    commonness = jnp.argsort(jnp.argsort(-pairs_of_offset)).astype(jnp.int32)
+    bits = min(kernel_volume, _MASK_BITS)
+    bit = commonness * bits // kernel_volume  # rare offsets are the high bits: few tiles have to visit them
+    has = jnp.zeros((num_out, bits), bool).at[target, bit[k]].set(True, mode="drop")
+    mask = (has.astype(jnp.int32) << jnp.arange(bits, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    iota = jnp.arange(num_out, dtype=jnp.int32)
+    _, order = lax.sort((~mask, iota), num_keys=1)  # the largest first: long tiles start early, empty ones are last
+
+    past_end = tiles * rows
+    place = jnp.full(num_out + 1, past_end, jnp.int32).at[order].set(iota)[target]
+    tile, lane = place // rows, place % rows
+    live = jnp.zeros((tiles, kernel_volume), bool).at[tile, k].set(True, mode="drop")
+    slot = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
+    index = jnp.full((tiles, kernel_volume, rows), num_in, jnp.int32)
+    return _RowTiles(
+        count=live.sum(1, dtype=jnp.int32),
+        offset=jnp.argsort(~live, axis=1).astype(jnp.int32),
+        index=index.at[tile, slot[tile, k], lane].set(source, mode="drop"),
+        order=jnp.pad(order, (0, past_end - num_out), constant_values=num_out),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- kernels
+
+
+def _groups(channels: int, most: int) -> tuple[int, int]:
+    """Into how many groups of which width, at most `most`, channels are split; what is over is padding."""
+    groups = pl.cdiv(channels, most)
+    return groups, _CHANNELS * pl.cdiv(channels, _CHANNELS * groups)
+
+
+def _powers(width: int) -> list[tuple[int, int]]:
+    """(start, size) of the powers of two that make up a width, as Triton's blocks must be: 96 = 64 + 32."""
+    parts, start = [], 0
+    while start < width:
+        size = 1 << (width - start).bit_length() - 1
+        parts.append((start, size))
+        start += size
+    return parts
+
+
+def _pad_channels(x, *widths: int):
+    """Pad the last axes of x to these widths."""
+    kept = x.ndim - len(widths)
+    return jnp.pad(x, [(0, 0)] * kept + [(0, w - c) for w, c in zip(widths, x.shape[kept:], strict=True)])
+
+
+def _gather(ref, rows, first, width: int):
+    """Columns `first`, ..., `first + width - 1` of some rows; zeros for a row past the end."""
+    columns = first + jnp.arange(width, dtype=jnp.int32)
+    return plgpu.load(ref.at[rows[:, None], columns[None, :]], mask=(rows < ref.shape[0])[:, None], other=0.0)
+
+
+def _call(kernel, grid, out, blocks: Blocks, plan: _Plan, name: str):
+    params = plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
+    return pl.pallas_call(
+        kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name
+    )
+
+
+def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Plan):
+    """Sum over the pairs (i, j, k) of `features[i] @ weights[k]`, for every j."""
+    volume, channels_in, channels_out = weights.shape
+    tiles = _row_tiles(
+        pairs, kernel_volume=volume, num_in=features.shape[0], num_out=num_out, rows=blocks.rows
+    )
+    groups, width = _groups(channels_out, blocks.outputs)
+    padded_in = _CHANNELS * pl.cdiv(channels_in, _CHANNELS)
+    step = min(blocks.inputs, padded_in & -padded_in)  # a power of two that divides
+    steps = padded_in // step
+    parts = _powers(width)
+
+    def kernel(count_ref, offset_ref, index_ref, order_ref, x_ref, w_ref, out_ref):
+        tile, column = pl.program_id(0), pl.program_id(1) * width
+
+        def add_product(t, sums):
+            j, channel = lax.div(t, jnp.int32(steps)), lax.rem(t, jnp.int32(steps)) * step
+            k = offset_ref[tile, j]
+            x = _gather(x_ref, index_ref[tile, j, :], channel, step)
+            return tuple(
+                s + plgpu.dot(x, w_ref[k, pl.ds(channel, step), pl.ds(column + start, size)], precision=plan.precision)
+                for s, (start, size) in zip(sums, parts, strict=True)
+            )
+
+        zeros = tuple(jnp.zeros((blocks.rows, size), jnp.float32) for _, size in parts)
+        sums = lax.fori_loop(0, count_ref[tile] * steps, add_product, zeros)
+        rows = order_ref[pl.ds(tile * blocks.rows, blocks.rows)]
+        for s, (start, size) in zip(sums, parts, strict=True):
+            columns = column + start + jnp.arange(size, dtype=jnp.int32)
+            target = out_ref.at[rows[:, None], columns[None, :]]
+            plgpu.store(target, s.astype(out_ref.dtype), mask=(rows < num_out)[:, None])
+
+    x = _pad_channels(features, padded_in)
+    w = _pad_channels(weights, padded_in, groups * width)
+    out = jax.ShapeDtypeStruct((num_out, groups * width), features.dtype)
+    call = _call(kernel, (tiles.order.size // blocks.rows, groups), out, blocks, plan, "sparse_conv")
+    return call(*tiles, x, w)[:, :channels_out]
+
+
+def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, plan: _Plan):
+    """Sum over the pairs (i, j, k) of the outer product of `features[i]` and `grad_out[j]`, for every k."""
+    source, target, offset, num_tiles = pairs
+    channels = features.shape[1], grad_out.shape[1]
+    (groups_in, width_in), (groups_out, width_out) = map(_groups, channels, (blocks.inputs, blocks.outputs))
+    parts_in, parts_out = _powers(width_in), _powers(width_out)
+    splits = pl.cdiv(_WEIGHT_PROGRAMS, volume * groups_in * groups_out)
+    chunk = min(blocks.rows, source.shape[1])
+    chunks = source.shape[1] // chunk
+    live = jnp.arange(offset.size) < num_tiles
+    tiles_of_offset = jnp.zeros(volume, jnp.int32).at[offset].add(live.astype(jnp.int32))
+    first_tile = jnp.cumsum(tiles_of_offset, dtype=jnp.int32) - tiles_of_offset
+
+    def kernel(first_ref, count_ref, source_ref, target_ref, x_ref, dy_ref, out_ref):
+        program, i, j = pl.program_id(0), pl.program_id(1) * width_in, pl.program_id(2) * width_out
+        k, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
+        first, count = first_ref[k], count_ref[k]
+        begin, end = (first + lax.div(s * count, jnp.int32(splits)) for s in (split, split + 1))
+
+        def add_products(t, sums):
+            sources, targets = source_ref[t, :], target_ref[t, :]
+            x = [_gather(x_ref, sources, i + start, size) for start, size in parts_in]
+            dy = [_gather(dy_ref, targets, j + start, size) for start, size in parts_out]
+            return tuple(
+                tuple(s + plgpu.dot(a.T, b, precision=plan.precision) for s, b in zip(row, dy, strict=True))
+                for row, a in zip(sums, x, strict=True)
+            )
+
+        zeros = tuple(tuple(jnp.zeros((m, n), jnp.float32) for _, n in parts_out) for _, m in parts_in)
+        sums = lax.fori_loop(begin * chunks, end * chunks, add_products, zeros)
+        for row, (a, m) in zip(sums, parts_in, strict=True):
+            for s, (b, n) in zip(row, parts_out, strict=True):
+                out_ref[program, pl.ds(i + a, m), pl.ds(j + b, n)] = s
+
+    x, dy = _pad_channels(features, groups_in * width_in), _pad_channels(grad_out, groups_out * width_out)
+    out = jax.ShapeDtypeStruct((volume * splits, x.shape[1], dy.shape[1]), jnp.float32)
+    call = _call(kernel, (volume * splits, groups_in, groups_out), out, blocks, plan, "sparse_conv_weight_gradient")
+    parts = call(first_tile, tiles_of_offset, source.reshape(-1, chunk), target.reshape(-1, chunk), x, dy)
+    grad = parts.reshape(volume, splits, *out.shape[1:]).sum(1)
+    return grad[:, : channels[0], : channels[1]].astype(features.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv(plan, num_out, features, weights, pairs):
+    return _convolve(features, weights, pairs, num_out, plan.conv, plan)
+
+
+def _conv_forward(plan, num_out, features, weights, pairs):
+    return _conv(plan, num_out, features, weights, pairs), (features, weights, pairs)
+
+
+def _conv_backward(plan, num_out, residuals, grad_out):
+    features, weights, pairs = residuals
+    source, target, *tiles = pairs
+    w = weights.swapaxes(1, 2)
+    if weights.shape[0] % 2:  # stride 1: with (i, j, k) there is (j, i, K - 1 - k), and the row tiles serve again
+        w, mirrored = w[::-1], pairs
+    else:
+        mirrored = (target, source, *tiles)
+    grad_in = _convolve(grad_out, w, mirrored, features.shape[0], plan.input_gradient, plan)
+    return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0], plan.weight_gradient, plan), None
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
