@@ -1,11 +1,18 @@
 """The public sparse convolution: checks what it is given and hands it to an implementation."""
 
+import functools
+
+from absl import logging
 from jaxtyping import Array, Float
 
-from kernels.sparse_conv import reference, xla
+from kernels.sparse_conv import pallas_triton, reference, xla
 from kernels.voxel_grid import KernelMap
 
-_IMPLEMENTATIONS = {"reference": reference.sparse_conv, "xla": xla.sparse_conv}
+_IMPLEMENTATIONS = {
+    "reference": reference.sparse_conv,
+    "xla": xla.sparse_conv,
+    "pallas_triton": pallas_triton.sparse_conv,
+}
 
 
 def sparse_conv(
@@ -18,18 +25,21 @@ def sparse_conv(
 ) -> Float[Array, "M Cout"]:
     """Sparse convolution: `out[j]` is the sum over the map's pairs (i, j, k) of `features[i] @ weights[k]`.
 
-    Differentiable in features and weights. Sums are taken in at least float32.
+    Differentiable in features and weights. Sums are taken in at least float32. On a GPU float32 operands are
+    multiplied in full; `jax.default_matmul_precision("tensorfloat32")` trades that for speed.
 
     Args:
         features: one row per input voxel of the map (per output voxel if `transposed`).
         weights: one matrix per kernel offset, in MinkowskiEngine's order.
         kernel_map: pairs of input and output rows, from `voxel_grid`.
         transposed: exchange the map's sides; a stride-2 map then leads from coarse to fine.
-        implementation: "reference" (the definition, slow), "xla" (any device), or None for the fastest.
+        implementation: "reference" (the definition, slow), "xla" (any device), "pallas_triton" (NVIDIA GPUs of
+            compute capability 8.0 and above), or None for the fastest that the default device supports.
     Returns:
         One row per output voxel of the map, of the features' dtype; zeros for a voxel without a pair.
     Raises:
         ValueError: shapes or dtypes that do not fit, naming both and the axis; an unknown implementation.
+        NotImplementedError: the implementation asked for does not run on this device, or not in this dtype.
     """
     side, rows = ("output", kernel_map.num_out) if transposed else ("input", kernel_map.num_in)
     if features.shape[0] != rows:
@@ -49,7 +59,20 @@ def sparse_conv(
         )
     if features.dtype != weights.dtype:
         raise ValueError(f"features are {features.dtype} and weights {weights.dtype}: cast one to the other")
-    name = implementation or "xla"
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation {name!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or None")
-    return _IMPLEMENTATIONS[name](features, weights, kernel_map, transposed)
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or None")
+    if implementation in (None, "pallas_triton"):
+        obstacle = pallas_triton.unsupported(features.dtype)
+        if implementation is None:
+            implementation = "xla" if obstacle else "pallas_triton"
+            _announce(implementation, obstacle)
+        elif obstacle:
+            raise NotImplementedError(f"pallas_triton does not run here: {obstacle}; implementation=None picks another")
+    return _IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed)
+
+
+@functools.cache
+def _announce(implementation: str, obstacle: str | None) -> None:
+    """Say once per process and reason which implementation was picked."""
+    reason = f"pallas_triton is not used: {obstacle}" if obstacle else "the fastest on the default device"
+    logging.info("sparse_conv runs on %s: %s", implementation, reason)

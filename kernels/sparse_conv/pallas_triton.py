@@ -48,7 +48,7 @@ class _RowTiles(NamedTuple):
     """Output rows in tiles of R, and the inputs they read under each of the K offsets."""
 
     count: jax.Array  # int32 [T]: offsets under which some row of the tile has a neighbour
-    offset: jax.Array  # int32 [T, K]: those offsets, then the others
+    offset: jax.Array  # int32 [T, K]: those offsets; what follows is not read
     index: jax.Array  # int32 [T, K, R]: input row under the j-th offset of the tile, num_in for none
     order: jax.Array  # int32 [T * R]: output row, num_out past the end
 
@@ -128,9 +128,11 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
 
     # Padding pairs have target num_out: out of bounds wherever they are scattered to, and dropped.
     pairs_of_offset = jnp.zeros(kernel_volume, jnp.int32).at[offset].add((target < num_out).sum(1, dtype=jnp.int32))
-    commonness = jnp.argsort(jnp.argsort(-pairs_of_offset)).astype(jnp.int32)
+    kernel = jnp.arange(kernel_volume, dtype=jnp.int32)
+    this, other = pairs_of_offset[:, None], pairs_of_offset[None, :]
+    rarity = ((other > this) | (other == this) & (kernel[None, :] < kernel[:, None])).sum(1, dtype=jnp.int32)
     bits = min(kernel_volume, _MASK_BITS)
-    bit = commonness * bits // kernel_volume  # rare offsets are the high bits: few tiles have to visit them
+    bit = rarity * bits // kernel_volume  # rare offsets are the high bits: few tiles have to visit them
     has = jnp.zeros((num_out, bits), bool).at[target, bit[k]].set(True, mode="drop")
     mask = (has.astype(jnp.int32) << jnp.arange(bits, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
     iota = jnp.arange(num_out, dtype=jnp.int32)
@@ -141,10 +143,12 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
     tile, lane = place // rows, place % rows
     live = jnp.zeros((tiles, kernel_volume), bool).at[tile, k].set(True, mode="drop")
     slot = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
+    listed = (jnp.arange(tiles)[:, None], jnp.where(live, slot, kernel_volume))
+    offset = jnp.zeros((tiles, kernel_volume), jnp.int32).at[listed].set(kernel[None, :], mode="drop")
     index = jnp.full((tiles, kernel_volume, rows), num_in, jnp.int32)
     return _RowTiles(
         count=live.sum(1, dtype=jnp.int32),
-        offset=jnp.argsort(~live, axis=1).astype(jnp.int32),
+        offset=offset,
         index=index.at[tile, slot[tile, k], lane].set(source, mode="drop"),
         order=jnp.pad(order, (0, past_end - num_out), constant_values=num_out),
     )

@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels: a committed table, the nearest entry for what it lacks, candidates to try."""
+"""Block sizes of the Triton kernels: a committed table, the nearest entry for what it lacks, candidates to measure."""
 
 import contextlib
 import functools
@@ -9,76 +9,102 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-TABLE = Path(__file__).with_name("tuning.json")
+_TABLE = Path(__file__).with_name("tuning.json")
+_MOST_SUMS = 128  # float32 sums per thread of a candidate; with 255 registers there is no room for many more
 
 
 class Key(NamedTuple):
-    """What an entry is for."""
+    """What an entry of the table is for."""
 
-    kernel: str
-    """"conv" (forward, and the gradient in the features with the channels exchanged) or "weight_gradient"."""
+    kernel: str  # "conv" (the feature gradient is one too, its channels exchanged) or "weight_gradient"
     in_channels: int
     out_channels: int
     kernel_size: int
-    dtype: str
-    """Of the operands; "tensorfloat32" for float32 that is multiplied as such."""
-    arch: str
-    """"sm_80", "sm_90", ..."""
+    dtype: str  # of the operands; "tensorfloat32" for float32 multiplied as such
+    arch: str  # "sm_80", "sm_90", ...
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut up and compiled."""
+    """How a kernel is cut into programs, and compiled."""
 
-    rows: int
-    """Output rows of a tile, or pairs of a step of the weight gradient; a power of two from 16 to 128."""
-    inputs: int
-    """Most input channels of a step (conv) or a program (weight gradient); a multiple of 16."""
-    outputs: int
-    """Most output channels of a program; a multiple of 16."""
+    rows: int  # output rows of a tile (conv) or pairs of a step (weight gradient): 16, 32, 64 or 128
+    inputs: int  # most input channels: of a step (conv; a power of two), of a program (weight gradient); from 16
+    outputs: int  # most output channels of a program; from 16
     warps: int
-    stages: int
-    """Depth of the software pipeline."""
+    stages: int  # depth of the software pipeline
 
 
 _trial: dict[str, Blocks] = {}
 
 
-@functools.cache
-def _table() -> dict[Key, Blocks]:
-    entries = json.loads(TABLE.read_text())["entries"]
-    return {Key(*entry["key"]): Blocks(*entry["blocks"]) for entry in entries}
-
-
 def lookup(key: Key) -> Blocks:
-    """The blocks being tried, else those of the table's entry for this kernel that is nearest to `key`.
+    """Blocks that are being tried, or those of the table's nearest entry for this kernel.
 
-    Nearest in the width of the operands, then in architecture, then in channels and kernel size (as ratios).
+    Nearest by operands first, then by architecture, then by channels and kernel size as ratios.
     """
     if key.kernel in _trial:
         return _trial[key.kernel]
 
     def distance(entry: Key):
+        alike = entry.dtype == key.dtype or {entry.dtype, key.dtype} == {"bfloat16", "float16"}
         sizes = zip(key[1:4], entry[1:4], strict=True)
         return (
-            entry.dtype != key.dtype and {entry.dtype, key.dtype} != {"bfloat16", "float16"},
-            abs(_capability(entry.arch) - _capability(key.arch)),
+            not alike,
+            entry.dtype != key.dtype,
+            [abs(a - b) for a, b in zip(_capability(entry.arch), _capability(key.arch), strict=True)],
             sum(abs(math.log2(a / b)) for a, b in sizes),
-            entry,
         )
 
     table = _table()
     return table[min((entry for entry in table if entry.kernel == key.kernel), key=distance)]
 
 
-def _capability(arch: str) -> int:
-    return int(arch[3:]) if arch.startswith("sm_") else 80
+def candidates(key: Key) -> list[Blocks]:
+    """Blocks worth measuring for `key`, to be tried with `trying`."""
+    conv = key.kernel == "conv"
+    padded_in, padded_out = (-(-channels // 16) * 16 for channels in (key.in_channels, key.out_channels))
+    choices = ((64, 128), (16, 32, 64), (64, 128, 256)) if conv else ((32, 64), (64, 128), (64, 128))
+    found = set()
+    for rows, inputs, outputs, warps, stages in itertools.product(*choices, (4, 8), (3, 5)):
+        inputs = min(inputs, padded_in & -padded_in if conv else padded_in)
+        outputs = min(outputs, padded_out)
+        if (rows if conv else inputs) * outputs <= _MOST_SUMS * 32 * warps:
+            found.add(Blocks(rows, inputs, outputs, warps, stages))
+    return sorted(found)
 
 
 @contextlib.contextmanager
 def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
-    """Use these blocks for one kernel in what is traced meanwhile; a jitted function keeps those it was traced with."""
+    """Trace one kernel with these blocks. A jitted function keeps the blocks it was first traced with."""
+    before = dict(_trial)
     _trial[kernel] = blocks
     try:
         yield
     finally:
-        del _trial[kernel]
+        _trial.clear()
+        _trial.update(before)
+
+
+def save(about: str, table: dict[Key, Blocks], path: Path = _TABLE) -> None:
+    """Write a table; `about` says where its numbers come from."""
+    rows = ",\n".join(json.dumps(key._asdict() | blocks._asdict()) for key, blocks in sorted(table.items()))
+    partial = path.with_suffix(".partial")
+    partial.write_text(f'{{"about": {json.dumps(about)},\n"entries": [\n{rows}\n]}}\n')
+    partial.replace(path)
+
+
+def load(path: Path = _TABLE) -> dict[Key, Blocks]:
+    """The table that `save` wrote."""
+    entries = json.loads(path.read_text())["entries"]
+    return {
+        Key(*(entry[field] for field in Key._fields)): Blocks(*(entry[field] for field in Blocks._fields))
+        for entry in entries
+    }
+
+
+_table = functools.cache(load)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """Major and minor; 0.0 for the interpreter."""
+    return divmod(int(arch[3:]), 10) if arch.startswith("sm_") else (0, 0)

@@ -1,0 +1,425 @@
+"""The Pallas kernels: their numbers in interpret mode, their compilation for GPUs without one, and both on a GPU."""
+
+import contextlib
+import functools
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from flax.traverse_util import flatten_dict
+from test_minkunet import golden_variables
+from test_sparse_conv import assert_close, problem_data
+
+from ggsd_jax import inference
+from ggsd_jax.minkunet import MinkUNet, architecture
+from kernels.sparse_conv import api, pallas_triton, sparse_conv, tuning
+from kernels.sparse_conv.pallas_triton import INTERPRET, targeting
+from kernels.sparse_conv.shapes import AWKWARD, NETWORK
+from kernels.sparse_conv.tuning import Blocks, Key
+from kernels.voxel_grid import KernelMap, build_pyramid, kernel_map
+
+# Deprecated since jax 0.11 in favour of Mosaic, whose row gather needs a Blackwell GPU.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+# Of the largest magnitude. Half-precision results are rounded once, from sums of exact products.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SMALL_NETWORK = {
+    name: NETWORK[name]._replace(voxels=min(NETWORK[name].voxels, 150))
+    for name in ("stem", "level 0, after the skip", "up 4 to 3")
+}
+QUICK = {"xla_backend_optimization_level": 0}  # compiling the interpreter's loops is most of the time
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def conv_and_gradients(x, w, grad_out, m, transposed=False, implementation="pallas_triton"):
+    """Output and both gradients, traced anew: a jitted function would keep the kernels of an earlier target."""
+
+    def compute(x, w, grad_out, m):
+        conv = functools.partial(sparse_conv, kernel_map=m, transposed=transposed, implementation=implementation)
+        out, pull_back = jax.vjp(conv, x, w)
+        return out, *pull_back(grad_out)
+
+    return jax.jit(compute, compiler_options=None if on_gpu() else QUICK)(x, w, grad_out, m)
+
+
+def check_against_reference(problem, dtype="float32"):
+    m, *arrays = problem_data(problem)
+    arrays = [jnp.asarray(a, dtype) for a in arrays]
+    with jax.enable_x64(True):
+        double = [a.astype("float64") for a in arrays]
+        expected = conv_and_gradients(*double, m, problem.transposed, "reference")
+    for found, truth in zip(conv_and_gradients(*arrays, m, problem.transposed), expected, strict=True):
+        assert found.dtype == dtype
+        assert_close(found, truth, TOLERANCE[dtype])
+
+
+# -------------------------------------------------------------------------------------------- interpret mode
+
+
+@pytest.mark.parametrize("name", [*AWKWARD, *SMALL_NETWORK])
+def test_the_kernels_compute_what_the_reference_defines(name):
+    with targeting(INTERPRET):
+        check_against_reference((AWKWARD | SMALL_NETWORK)[name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rounded_once_at_the_end(dtype):
+    with targeting(INTERPRET):
+        check_against_reference(AWKWARD["several scenes"], dtype)
+
+
+def test_blocks_change_no_result_beyond_rounding():
+    problem = AWKWARD["odd channels"]._replace(in_channels=40, out_channels=72)
+    conv, weight_gradient = Blocks(16, 16, 32, 4, 3), Blocks(32, 16, 48, 4, 3)
+    with targeting(INTERPRET), tuning.trying("conv", conv), tuning.trying("weight_gradient", weight_gradient):
+        check_against_reference(problem)
+
+
+def test_the_same_input_gives_the_same_bits():
+    m, *arrays = problem_data(AWKWARD["several scenes, transposed"])
+    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    with targeting(INTERPRET):
+        first, second = (conv_and_gradients(*arrays, m, transposed=True) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_padding_rows_matter_to_nobody_and_come_out_zero():
+    n = 130
+    coords = AWKWARD["odd channels"]._replace(voxels=n).coords()
+    pyramid = build_pyramid(coords)
+    rng = np.random.default_rng(0)
+    x, grad_out = (np.full((pyramid.bucket, c), np.nan, np.float32) for c in (3, 5))
+    x[:n], grad_out[:n] = rng.normal(size=(n, 3)), rng.normal(size=(n, 5))
+    w = jnp.asarray(rng.normal(size=(27, 3, 5)), jnp.float32)
+    exact, _ = kernel_map(coords, kernel_size=3)
+    with targeting(INTERPRET):
+        out, grad_in, grad_w = conv_and_gradients(x, w, grad_out, pyramid.submanifold[0])
+        expected = conv_and_gradients(x[:n], w, grad_out[:n], exact)
+    for found, truth in zip((out[:n], grad_in[:n], grad_w), expected, strict=True):
+        assert_close(found, truth, TOLERANCE["float32"])
+    assert not np.asarray(out[n:]).any() and not np.asarray(grad_in[n:]).any()
+
+
+def test_row_tiles_hold_every_pair_once_and_their_live_offsets_first():
+    m, _ = kernel_map(AWKWARD["several scenes, 5^3"].coords(), kernel_size=5)
+    pairs = (m.in_index, m.out_index, m.offset_index, m.num_tiles)
+    sizes = dict(kernel_volume=125, num_in=m.num_in, num_out=m.num_out)
+    tiles = jax.tree.map(np.asarray, pallas_triton._row_tiles(pairs, rows=32, **sizes))
+    assert sorted(tiles.order[: m.num_out]) == list(range(m.num_out)) and (tiles.order[m.num_out :] == m.num_out).all()
+    tile, slot, lane = np.nonzero(tiles.index < m.num_in)
+    found = np.stack([tiles.index[tile, slot, lane], tiles.order[32 * tile + lane], tiles.offset[tile, slot]])
+    valid = m.out_index < m.num_out
+    k = np.broadcast_to(m.offset_index[:, None], valid.shape)
+    expected = np.stack([m.in_index[valid], m.out_index[valid], k[valid]])
+    np.testing.assert_array_equal(found[:, np.lexsort(found)], expected[:, np.lexsort(expected)])
+    np.testing.assert_array_equal((tiles.index < m.num_in).any(2), np.arange(125) < tiles.count[:, None])
+
+
+def test_sorting_rows_by_their_neighbours_saves_visits():
+    m, _ = kernel_map(NETWORK["level 0"]._replace(voxels=4000).coords(), kernel_size=3)
+    pairs = (m.in_index, m.out_index, m.offset_index, m.num_tiles)
+    sizes = dict(kernel_volume=27, num_in=m.num_in, num_out=m.num_out)
+    sorted_visits = 64 * int(pallas_triton._row_tiles(pairs, rows=64, **sizes).count.sum())
+    unsorted = np.zeros((-(-m.num_out // 64), 27), bool)
+    valid = m.out_index < m.num_out
+    unsorted[m.out_index[valid] // 64, np.broadcast_to(m.offset_index[:, None], valid.shape)[valid]] = True
+    assert valid.sum() <= sorted_visits < 0.9 * 64 * unsorted.sum()
+
+
+def test_convolutions_over_one_map_share_its_row_tiles():
+    m, x, w, _ = problem_data(AWKWARD["several scenes"]._replace(out_channels=5))
+    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+
+    def sorts(function):
+        with targeting(INTERPRET):
+            return jax.jit(function, compiler_options=QUICK).lower(x, w, m).compile().as_text().count(" sort(")
+
+    def one(x, w, m):
+        return sparse_conv(x, w, m, implementation="pallas_triton")
+
+    def two_and_gradients(x, w, m):
+        return jax.grad(lambda x, w: one(one(x, w, m) ** 2, w, m).sum(), argnums=(0, 1))(x, w)
+
+    assert sorts(two_and_gradients) == sorts(one) > 0
+
+
+def test_a_network_trains_on_each_replica_as_it_does_by_xla():
+    n = 200
+    pyramid = build_pyramid(AWKWARD["several scenes"]._replace(voxels=n).coords())
+    x = np.zeros((pyramid.bucket, 3), np.float32)
+    x[:n] = np.random.default_rng(0).normal(size=(n, 3))
+    model = MinkUNet((0, 0, 0, 0, 0, 0, 0, 1), (4,) * 8, out_channels=5, init_dim=4)
+    variables = model.init(jax.random.key(0), x, pyramid, train=False)
+
+    def loss_and_gradients(variables, x, pyramid):
+        def loss(params):
+            out, _ = model.apply(variables | {"params": params}, x, pyramid, train=True, mutable=["batch_stats"])
+            return jnp.square(out).sum()
+
+        return jax.value_and_grad(loss)(variables["params"])
+
+    expected = jax.jit(loss_and_gradients, compiler_options=QUICK)(variables, x, pyramid)
+    with targeting(INTERPRET):
+        replicas = jax.tree.map(lambda a: np.stack([a, a]), (x, pyramid))
+        found = jax.jit(jax.pmap(loss_and_gradients, in_axes=(None, 0, 0)), compiler_options=QUICK)(variables, *replicas)
+    for replica in range(2):
+        jax.tree.map(lambda a, b, r=replica: assert_close(a[r], b, 1e-5), found, expected)
+
+
+# ------------------------------------------------------------------------------------------ which one is run
+
+
+class Device:
+    """What the choice reads of a device."""
+
+    def __init__(self, device_kind, compute_capability=None):
+        self.device_kind = device_kind
+        if compute_capability:
+            self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize(
+    "device, obstacle",
+    [
+        (Device("NVIDIA A100-SXM4-40GB", "8.0"), None),
+        (Device("NVIDIA H200", "9.0"), None),
+        (Device("NVIDIA GeForce RTX 5090", "12.0"), None),
+        (Device("Tesla T4", "7.5"), "8.0 or above, and the default device is sm_75"),
+        (Device("AMD Instinct MI300X", "gfx942"), "the default device is AMD Instinct MI300X"),
+        (Device("cpu"), "the default device is cpu"),
+    ],
+)
+def test_the_kernels_are_for_nvidia_gpus_from_capability_8(monkeypatch, device, obstacle):
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [device])
+    found = pallas_triton.unsupported("bfloat16")
+    assert found is None if obstacle is None else obstacle in found
+
+
+def test_only_what_is_not_supported_falls_through_and_one_line_says_so(monkeypatch):
+    m, x, w, _ = problem_data(AWKWARD["one voxel"])
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
+    api._announce.cache_clear()
+    with targeting("sm_75"):
+        for _ in range(3):
+            sparse_conv(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), m)
+    assert len(lines) == 1 and "runs on xla" in lines[0] and "default device is sm_75" in lines[0]
+
+    def broken(*args):
+        raise NotImplementedError("a bug in the kernels")
+
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_triton", broken)
+    with targeting(INTERPRET), pytest.raises(NotImplementedError, match="a bug in the kernels"):
+        sparse_conv(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), m)
+
+
+@pytest.mark.skipif(on_gpu(), reason="a GPU is at hand")
+def test_asking_for_the_kernels_on_a_cpu_says_what_they_need():
+    m, x, w, _ = problem_data(AWKWARD["one voxel"])
+    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU .* default device is cpu; implementation=None"):
+        sparse_conv(x, w, m, implementation="pallas_triton")
+
+
+def test_asking_for_float64_says_which_dtypes_there_are():
+    m, x, w, _ = problem_data(AWKWARD["one voxel"])
+    with jax.enable_x64(True), targeting("sm_80"), pytest.raises(NotImplementedError, match="float16.*are float64"):
+        sparse_conv(jnp.asarray(x), jnp.asarray(w), m, implementation="pallas_triton")
+
+
+# ---------------------------------------------------------------------------------------------------- tuning
+
+
+def test_a_missing_entry_takes_the_nearest(monkeypatch):
+    def key(channels_in, channels_out, dtype, arch, kernel="conv"):
+        return Key(kernel, channels_in, channels_out, 3, dtype, arch)
+
+    table = {
+        key(32, 32, "bfloat16", "sm_80"): Blocks(64, 32, 32, 4, 5),
+        key(256, 256, "bfloat16", "sm_80"): Blocks(64, 32, 128, 8, 5),
+        key(256, 256, "bfloat16", "sm_90"): Blocks(128, 64, 256, 8, 5),
+        key(32, 32, "float32", "sm_80"): Blocks(32, 16, 32, 4, 3),
+        key(32, 32, "bfloat16", "sm_80", "weight_gradient"): Blocks(64, 32, 32, 8, 5),
+    }
+    monkeypatch.setattr(tuning, "_table", lambda: table)
+    nearest = {
+        key(48, 32, "bfloat16", "sm_80"): key(32, 32, "bfloat16", "sm_80"),
+        key(96, 128, "float16", "sm_86"): key(256, 256, "bfloat16", "sm_80"),
+        key(3, 32, "bfloat16", "sm_120"): key(256, 256, "bfloat16", "sm_90"),
+        key(256, 256, "float32", "sm_90"): key(32, 32, "float32", "sm_80"),
+        key(256, 256, "float32", "sm_90", "weight_gradient"): key(32, 32, "bfloat16", "sm_80", "weight_gradient"),
+    }
+    assert {asked: tuning.lookup(asked) for asked in nearest} == {asked: table[k] for asked, k in nearest.items()}
+
+
+def test_candidates_are_distinct_fit_the_registers_and_can_be_tried():
+    for kernel in ("conv", "weight_gradient"):
+        for channels in ((3, 32), (96, 96), (256, 256)):
+            key = Key(kernel, *channels, 3, "bfloat16", "sm_80")
+            found = tuning.candidates(key)
+            assert len(set(found)) == len(found) > 1
+            before = tuning.lookup(key)
+            with tuning.trying(kernel, found[0]):
+                assert tuning.lookup(key) == found[0]
+            assert tuning.lookup(key) == before
+
+
+def test_a_saved_table_is_read_back(tmp_path):
+    tuning.save("made up", tuning.load(), tmp_path / "tuning.json")
+    assert tuning.load(tmp_path / "tuning.json") == tuning.load()
+
+
+# ------------------------------------------------------------------------------- compilation without a GPU
+
+
+@functools.cache
+def network_kernels() -> list[tuple[int, int, int]]:
+    """(K, Cin, Cout) of the sparse convolutions of MinkUNet18A."""
+    model = MinkUNet(*architecture("MinkUNet18A")[:2], out_channels=768)
+    pyramid = build_pyramid(np.zeros((1, 4), np.int32))
+    init = functools.partial(model.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), np.zeros((pyramid.bucket, 3), np.float32), pyramid)["params"]
+    return sorted({p.shape for name, p in flatten_dict(params).items() if name[-1] == "kernel" and len(p.shape) == 3})
+
+
+@contextlib.contextmanager
+def cuda(arch: str):
+    """Lowering for a GPU that is not there; jax takes the device from an abstract mesh from 0.11 on."""
+    kind, processors = {"sm_80": ("NVIDIA A100", 108), "sm_90": ("NVIDIA H100", 132)}[arch]
+    device = jax.sharding.AbstractDevice(kind, processors, "gpu")
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), explicit, abstract_device=device)
+    with targeting(arch), jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def lowered_kernels(volume, channels_in, channels_out, dtype, arch) -> list:
+    """Custom calls that forward and both gradients of a convolution lower to."""
+    rows, (tiles, tile) = 100_000, (1700, 1024)
+    spec = jax.ShapeDtypeStruct
+    num_out = rows if volume % 2 else rows // 4
+    index = spec((tiles, tile), jnp.int32)
+    m = KernelMap(index, index, spec((tiles,), jnp.int32), spec((), jnp.int32), rows, num_out, volume)
+
+    def compute(x, w, grad_out, m):
+        conv = functools.partial(sparse_conv, kernel_map=m, implementation="pallas_triton")
+        out, pull_back = jax.vjp(conv, x, w)
+        return out, *pull_back(grad_out)
+
+    x, w = spec((rows, channels_in), dtype), spec((volume, channels_in, channels_out), dtype)
+    with cuda(arch):
+        traced = jax.jit(compute).trace(x, w, spec((num_out, channels_out), dtype), m)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    calls = []
+
+    def visit(operation):
+        for block in (block for region in operation.regions for block in region):
+            for child in block:
+                target = child.attributes["call_target_name"] if "call_target_name" in child.attributes else None
+                if "triton" in str(target):
+                    calls.append(child.attributes["mhlo.backend_config"])
+                visit(child.operation)
+
+    visit(module.operation)
+    return calls
+
+
+def test_every_convolution_of_the_network_lowers_for_cuda():
+    for shape in network_kernels():
+        for dtype in ("float32", "bfloat16"):
+            assert len(lowered_kernels(*shape, dtype, "sm_80")) == 3, (shape, dtype)
+    assert len(lowered_kernels(*shape, "float16", "sm_80")) == 3
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="the triton wheel compiles kernels without a GPU")
+    from jax._src.interpreters.mlir import make_ir_context
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.triton import dialect
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    capability = int(arch[3:])
+    ir_file, ptx_file = tmp_path / "kernel.ttir", tmp_path / "kernel.ptx"
+    tf32 = precision == "tensorfloat32"
+    dtype = "float32" if tf32 else precision
+    for shape in network_kernels():
+        with jax.default_matmul_precision(precision if tf32 else None):
+            calls = lowered_kernels(*shape, dtype, arch)
+        for call in calls:
+            context = make_ir_context()
+            dialect.register_dialect(context)
+            with context:
+                ir_file.write_text(ir.Module.parse(call["ir"].value_bytes).operation.get_asm(enable_debug_info=False))
+            options = dict(num_warps=call["num_warps"].value, num_stages=call["num_stages"].value)
+            kernel = triton.compile(str(ir_file), target=GPUTarget("cuda", capability, 32), options=options)
+            ptx_file.write_text(kernel.asm["ptx"])
+            target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
+            command = [get_ptxas(capability).path, "-v", f"-arch={target}", ptx_file, "-o", tmp_path / "cubin"]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            registers = int(re.search(r"Used (\d+) registers", report)[1])
+            spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
+            shared = kernel.metadata.shared
+            name = call["name"].value
+            print(f"{arch} {precision} {shape} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
+            assert spilled == 0, (shape, name)
+            assert shared <= 99 * 1024, (shape, name)  # what a block may have on sm_86, sm_89 and sm_120, the least
+
+
+# ------------------------------------------------------------------------------------------------- on a GPU
+
+
+def on_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not on_gpu(), reason="no GPU")(test))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*AWKWARD, *NETWORK])
+def test_a_gpu_computes_what_the_reference_defines(name, dtype):
+    check_against_reference((AWKWARD | NETWORK)[name], dtype)
+
+
+@on_a_gpu
+def test_a_gpu_multiplies_in_tensorfloat32_on_request_alone():
+    m, *arrays = problem_data(NETWORK["level 3"])
+    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    full = conv_and_gradients(*arrays, m)
+    with jax.default_matmul_precision("tensorfloat32"):
+        rounded = conv_and_gradients(*arrays, m)
+    for found, truth in zip(rounded, full, strict=True):
+        assert (found != truth).any()
+        assert_close(found, truth, 2.0**-10)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["stem", "level 0", "down 0 to 1", "up 1 to 0"])
+def test_a_gpu_gives_the_same_bits_every_time(name, dtype):
+    m, *arrays = problem_data(NETWORK[name])
+    arrays = [jnp.asarray(a, dtype) for a in arrays]
+    first, *others = (conv_and_gradients(*arrays, m, NETWORK[name].transposed) for _ in range(4))
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("mode, tolerance", [("eval", 2e-5), ("train", 1e-4)])
+def test_the_network_on_a_gpu_is_minkowski_engines(shared, mode, tolerance):
+    golden = np.load(shared / "golden/net_room20k_768.npz")
+    variables = golden_variables(shared, 768)
+    assert pallas_triton.unsupported("float32") is None
+    with jax.default_matmul_precision("highest"):  # of the dense layers, which XLA multiplies in tensorfloat32
+        out = inference.encode_voxels(variables, golden["coords"], golden["feats"], train=mode == "train")
+    assert_close(out[golden["rows"]], golden[f"{mode}__out_rows"], tolerance)
