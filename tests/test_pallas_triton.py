@@ -1,6 +1,7 @@
 """The Pallas kernels: their numbers in interpret mode, their compilation for GPUs without one, and both on a GPU."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import subprocess
@@ -27,9 +28,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 # Of the largest magnitude. Half-precision results are rounded once, from sums of exact products.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-SMALL_NETWORK = {
-    name: NETWORK[name]._replace(voxels=min(NETWORK[name].voxels, 150))
-    for name in ("stem", "level 0, after the skip", "up 4 to 3")
+INTERPRETED = {  # each takes seconds to compile; the others differ in how the map is made alone
+    "one voxel": AWKWARD["one voxel"],
+    "one voxel, transposed": AWKWARD["one voxel, transposed"],
+    "odd channels": AWKWARD["odd channels"],
+    "one channel in": AWKWARD["one channel in"],
+    "one channel out": AWKWARD["one channel out"],
+    "empty offsets": AWKWARD["empty offsets"],
+    "no neighbours": AWKWARD["no neighbours"],
+    "several scenes, 5^3": AWKWARD["several scenes, 5^3"],
+    "several scenes, stride 2": AWKWARD["several scenes, stride 2"],
+    "more than one tile per offset": AWKWARD["more than one tile per offset"],
+    "level 0, after the skip": NETWORK["level 0, after the skip"]._replace(voxels=150),
+    "up 4 to 3": NETWORK["up 4 to 3"]._replace(voxels=150),
 }
 QUICK = {"xla_backend_optimization_level": 0}  # compiling the interpreter's loops is most of the time
 
@@ -63,16 +74,15 @@ def check_against_reference(problem, dtype="float32"):
 # -------------------------------------------------------------------------------------------- interpret mode
 
 
-@pytest.mark.parametrize("name", [*AWKWARD, *SMALL_NETWORK])
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_the_kernels_compute_what_the_reference_defines(name):
     with targeting(INTERPRET):
-        check_against_reference((AWKWARD | SMALL_NETWORK)[name])
+        check_against_reference(INTERPRETED[name])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_rounded_once_at_the_end(dtype):
+def test_half_precision_is_rounded_once_at_the_end():
     with targeting(INTERPRET):
-        check_against_reference(AWKWARD["several scenes"], dtype)
+        check_against_reference(AWKWARD["several scenes"], "bfloat16")
 
 
 def test_blocks_change_no_result_beyond_rounding():
@@ -80,14 +90,6 @@ def test_blocks_change_no_result_beyond_rounding():
     conv, weight_gradient = Blocks(16, 16, 32, 4, 3), Blocks(32, 16, 48, 4, 3)
     with targeting(INTERPRET), tuning.trying("conv", conv), tuning.trying("weight_gradient", weight_gradient):
         check_against_reference(problem)
-
-
-def test_the_same_input_gives_the_same_bits():
-    m, *arrays = problem_data(AWKWARD["several scenes, transposed"])
-    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
-    with targeting(INTERPRET):
-        first, second = (conv_and_gradients(*arrays, m, transposed=True) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_padding_rows_matter_to_nobody_and_come_out_zero():
@@ -101,7 +103,7 @@ def test_padding_rows_matter_to_nobody_and_come_out_zero():
     exact, _ = kernel_map(coords, kernel_size=3)
     with targeting(INTERPRET):
         out, grad_in, grad_w = conv_and_gradients(x, w, grad_out, pyramid.submanifold[0])
-        expected = conv_and_gradients(x[:n], w, grad_out[:n], exact)
+    expected = conv_and_gradients(x[:n], w, grad_out[:n], exact, implementation="reference")
     for found, truth in zip((out[:n], grad_in[:n], grad_w), expected, strict=True):
         assert_close(found, truth, TOLERANCE["float32"])
     assert not np.asarray(out[n:]).any() and not np.asarray(grad_in[n:]).any()
@@ -150,7 +152,7 @@ def test_convolutions_over_one_map_share_its_row_tiles():
     assert sorts(two_and_gradients) == sorts(one) > 0
 
 
-def test_a_network_trains_on_each_replica_as_it_does_by_xla():
+def test_a_network_has_the_loss_and_gradients_that_xla_gives_it():
     n = 200
     pyramid = build_pyramid(AWKWARD["several scenes"]._replace(voxels=n).coords())
     x = np.zeros((pyramid.bucket, 3), np.float32)
@@ -158,19 +160,52 @@ def test_a_network_trains_on_each_replica_as_it_does_by_xla():
     model = MinkUNet((0, 0, 0, 0, 0, 0, 0, 1), (4,) * 8, out_channels=5, init_dim=4)
     variables = model.init(jax.random.key(0), x, pyramid, train=False)
 
-    def loss_and_gradients(variables, x, pyramid):
-        def loss(params):
+    def loss_and_gradients():
+        def loss(params, x, pyramid):
             out, _ = model.apply(variables | {"params": params}, x, pyramid, train=True, mutable=["batch_stats"])
             return jnp.square(out).sum()
 
-        return jax.value_and_grad(loss)(variables["params"])
+        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(variables["params"], x, pyramid)
 
-    expected = jax.jit(loss_and_gradients, compiler_options=QUICK)(variables, x, pyramid)
+    expected = loss_and_gradients()
     with targeting(INTERPRET):
-        replicas = jax.tree.map(lambda a: np.stack([a, a]), (x, pyramid))
-        found = jax.jit(jax.pmap(loss_and_gradients, in_axes=(None, 0, 0)), compiler_options=QUICK)(variables, *replicas)
+        found = loss_and_gradients()
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)  # batch norm of a few rows amplifies
+
+
+def test_replicas_of_pmap_have_their_own_maps():
+    problem = AWKWARD["several scenes"]._replace(out_channels=5)
+    (m, *arrays), (other, *others) = (problem_data(problem, seed) for seed in (0, 1))
+    tiles = max(len(m.in_index), len(other.in_index))
+    m, other = (padded_tiles(each, tiles) for each in (m, other))
+    stacked = jax.tree.map(lambda a, b: np.stack([a, b]), (m, *arrays), (other, *others))
+    m, *arrays = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, stacked)
+
+    def gradients(implementation):
+        def loss(x, w, grad_out, m):
+            return (sparse_conv(x, w, m, implementation=implementation) * grad_out).sum()
+
+        return jax.pmap(jax.grad(loss, argnums=(0, 1)))(*arrays, m)
+
+    expected = gradients("xla")
+    with targeting(INTERPRET):
+        found = gradients("pallas_triton")
     for replica in range(2):
-        jax.tree.map(lambda a, b, r=replica: assert_close(a[r], b, 1e-5), found, expected)
+        jax.tree.map(lambda a, b, r=replica: assert_close(a[r], b[r], TOLERANCE["float32"]), found, expected)
+
+
+def padded_tiles(m: KernelMap, tiles: int) -> KernelMap:
+    """The map with room for so many tiles."""
+
+    def pad(array, value):
+        return np.pad(array, [(0, tiles - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=value)
+
+    return dataclasses.replace(
+        m,
+        in_index=pad(m.in_index, m.num_in),
+        out_index=pad(m.out_index, m.num_out),
+        offset_index=pad(m.offset_index, 0),
+    )
 
 
 # ------------------------------------------------------------------------------------------ which one is run
@@ -331,11 +366,12 @@ def lowered_kernels(volume, channels_in, channels_out, dtype, arch) -> list:
     return calls
 
 
-def test_every_convolution_of_the_network_lowers_for_cuda():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype):
     for shape in network_kernels():
-        for dtype in ("float32", "bfloat16"):
-            assert len(lowered_kernels(*shape, dtype, "sm_80")) == 3, (shape, dtype)
-    assert len(lowered_kernels(*shape, "float16", "sm_80")) == 3
+        calls = lowered_kernels(*shape, dtype, "sm_80")
+        assert len(calls) == 3, shape
+        assert not any(b"atomic" in call["ir"].value_bytes for call in calls), shape
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])

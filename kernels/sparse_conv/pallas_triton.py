@@ -187,17 +187,13 @@ def _gather(ref, rows, first, width: int):
 
 def _call(kernel, grid, out, blocks: Blocks, plan: _Plan, name: str):
     params = plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-    return pl.pallas_call(
-        kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name
-    )
+    return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name)
 
 
 def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Plan):
     """Sum over the pairs (i, j, k) of `features[i] @ weights[k]`, for every j."""
     volume, channels_in, channels_out = weights.shape
-    tiles = _row_tiles(
-        pairs, kernel_volume=volume, num_in=features.shape[0], num_out=num_out, rows=blocks.rows
-    )
+    tiles = _row_tiles(pairs, kernel_volume=volume, num_in=features.shape[0], num_out=num_out, rows=blocks.rows)
     groups, width = _groups(channels_out, blocks.outputs)
     padded_in = _CHANNELS * pl.cdiv(channels_in, _CHANNELS)
     step = min(blocks.inputs, padded_in & -padded_in)  # a power of two that divides
