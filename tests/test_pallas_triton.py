@@ -157,7 +157,7 @@ def test_a_network_has_the_loss_and_gradients_that_xla_gives_it():
     pyramid = build_pyramid(AWKWARD["several scenes"]._replace(voxels=n).coords())
     x = np.zeros((pyramid.bucket, 3), np.float32)
     x[:n] = np.random.default_rng(0).normal(size=(n, 3))
-    model = MinkUNet((0, 0, 0, 0, 0, 0, 0, 1), (4,) * 8, out_channels=5, init_dim=4)
+    model = MinkUNet((0,) * 8, (4,) * 8, out_channels=5, init_dim=4)
     variables = model.init(jax.random.key(0), x, pyramid, train=False)
 
     def loss_and_gradients():
@@ -374,7 +374,7 @@ def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype)
         assert not any(b"atomic" in call["ir"].value_bytes for call in calls), shape
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "tensorfloat32"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", reason="the triton wheel compiles kernels without a GPU")
@@ -390,6 +390,7 @@ def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, mo
     ir_file, ptx_file = tmp_path / "kernel.ttir", tmp_path / "kernel.ptx"
     tf32 = precision == "tensorfloat32"
     dtype = "float32" if tf32 else precision
+    compiled = set()  # with as many channels in as out, the gradient in the features is the forward pass
     for shape in network_kernels():
         with jax.default_matmul_precision(precision if tf32 else None):
             calls = lowered_kernels(*shape, dtype, arch)
@@ -397,7 +398,11 @@ def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, mo
             context = make_ir_context()
             dialect.register_dialect(context)
             with context:
-                ir_file.write_text(ir.Module.parse(call["ir"].value_bytes).operation.get_asm(enable_debug_info=False))
+                text = ir.Module.parse(call["ir"].value_bytes).operation.get_asm(enable_debug_info=False)
+            if text in compiled:
+                continue
+            compiled.add(text)
+            ir_file.write_text(text)
             options = dict(num_warps=call["num_warps"].value, num_stages=call["num_stages"].value)
             kernel = triton.compile(str(ir_file), target=GPUTarget("cuda", capability, 32), options=options)
             ptx_file.write_text(kernel.asm["ptx"])

@@ -239,7 +239,5 @@ def test_errors_name_both_shapes_and_the_axis():
         sparse_conv(x[:, 1:], w, m)
     with pytest.raises(ValueError, match="features are bfloat16 and weights float32"):
         sparse_conv(x.astype(jnp.bfloat16), w, m)
-    with pytest.raises(
-        ValueError, match="'cuda': expected one of reference, xla, pallas_triton, or None"
-    ):
+    with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, pallas_triton, or None"):
         sparse_conv(x, w, m, implementation="cuda")
