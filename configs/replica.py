@@ -62,7 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.arch = "MinkUNet18A"
     config.model.width = 1.0
-    config.model.dtype = "float32"
+    config.model.dtype = "float32"  # or bfloat16: of the arithmetic; parameters, statistics and losses are float32
+    config.model.remat = 0  # levels, from the finest, whose blocks are computed again backwards: saves memory
 
     config.loss = ml_collections.ConfigDict()
     config.loss.distill_weight = 1.0

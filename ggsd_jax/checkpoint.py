@@ -1,4 +1,7 @@
-"""Orbax checkpoints: the whole training state to go on from, and parameters only to ship."""
+"""Orbax checkpoints: the whole training state to go on from, and parameters only to ship.
+
+Of several processes the first writes, and each reads for itself: none waits for another in here.
+"""
 
 import json
 import os
@@ -12,6 +15,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from ggsd_jax import hosts
+
 MODEL_FILE = "model.json"
 
 
@@ -20,20 +25,24 @@ def manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
 
     A state is written under a temporary name and renamed when whole, so a killed run leaves only good ones.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     policies = [checkpoint_managers.LatestN(2)]
     if keep is not None:
         policies.append(checkpoint_managers.CustomSteps([keep]))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=hosts.is_first(),
+        read_only=not hosts.is_first(),
         enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=_alone(),
     )
     return ocp.CheckpointManager(directory.resolve(), options=options)
 
 
 def save(mngr: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Writes the state reached after `step` steps; a state of that step which is there already stays."""
-    if step not in mngr.all_steps():
+    if hosts.is_first() and step not in mngr.all_steps():
         mngr.save(step, args=ocp.args.StandardSave(state))
 
 
@@ -58,7 +67,8 @@ def restore_end_of_stage1(directory: Path, step: int, like: PyTree) -> PyTree:
     Raises:
         FileNotFoundError: there is none of that step.
     """
-    with ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as mngr:
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=_alone())
+    with ocp.CheckpointManager(directory.resolve(), options=options) as mngr:
         if step not in mngr.all_steps():
             raise FileNotFoundError(
                 f"{directory} has no state of step {step}, the end of stage 1 of this configuration; it has "
@@ -69,9 +79,11 @@ def restore_end_of_stage1(directory: Path, step: int, like: PyTree) -> PyTree:
 
 def save_model(directory: Path, variables: PyTree, info: dict) -> None:
     """Writes `variables` (parameters and batch-norm statistics) and `info` as a folder that can be shipped."""
+    if not hosts.is_first():
+        return
     temporary = directory.with_name(directory.name + ".tmp").resolve()
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
     (temporary / MODEL_FILE).write_text(json.dumps(info, indent=1))
     shutil.rmtree(directory, ignore_errors=True)
@@ -89,10 +101,15 @@ def load_model(directory: Path) -> tuple[PyTree, dict]:
         raise FileNotFoundError(
             f"{directory} holds no model ({MODEL_FILE} is missing); name a run's work directory or its model/ folder"
         )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
         saved = (directory / "variables").resolve()
         kinds = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(saved).item_metadata.tree
         )
         variables = checkpointer.restore(saved, restore_args=kinds)
     return variables, json.loads(path.read_text())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions(primary_host=hosts.index(), active_processes={hosts.index()})

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data import scene as scene_io
 from data.labels import LabelSet
 from data.scene import Scene
-from ggsd_jax import checkpoint, inference, input_pipeline, metrics, prepare, render
+from ggsd_jax import checkpoint, hosts, inference, input_pipeline, metrics, prepare, render
 from ggsd_jax.vision_language import text
 
 ROWS = {
@@ -51,25 +51,28 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, s
     The 3D network sees points only. Each scene is voxelised `eval.repeats` times with a random rotation and scale,
     the half-precision scores of the repeats are added up per point. Ignored points are left out; points without a
     2D feature are predicted "unknown" by the 2D fusion and drop out of its IoU (see `metrics.scores`).
+    Several processes share the scenes, and each returns the scores of all.
     """
     labels = prepare.label_set(config)
     class_text = text.embed(list(labels.classes), encoder=config.text.encoder, prompt=config.text.prompt)
     folders = {"stage1": "stage1", "stage2": "model"}
     networks = {row: checkpoint.load_model(workdir / folder)[0] for row, folder in folders.items()}
     scenes = prepare.load_split(data_dir, split)
-    counts = {row: 0 for row in ROWS}
+    counts = {row: np.zeros((len(labels.classes) + 1, len(labels.classes)), np.int64) for row in ROWS}
     points = 0
-    for index in tqdm(range(len(scenes)), unit="scene", desc="evaluate", dynamic_ncols=True):
+    mine = hosts.share(len(scenes))
+    for index in tqdm(mine, unit="scene", desc="evaluate", dynamic_ncols=True, disable=not hosts.is_first()):
         scene = scenes[index]
         predictions = predict(scene, networks, class_text, config, index)
         for row, predicted in predictions.items():
             counts[row] += metrics.confusion_matrix(predicted, scene.labels, len(labels.classes))
         points += scene.points.shape[0]
-        if index < config.eval.pictures:
+        if hosts.is_first() and index < config.eval.pictures:
             picture(scene, predictions, labels, workdir / "pictures")
+    points = sum(hosts.gather(points))
     rows = {}
     for row in ROWS:
-        scores = metrics.scores(counts[row])
+        scores = metrics.scores(np.sum(hosts.gather(counts[row].tolist()), axis=0))
         by_class = {k: dict(zip(labels.classes, scores[k], strict=True)) for k in ("iou", "acc")}
         rows[row] = {"miou": scores["miou"], "macc": scores["macc"]} | by_class
     return {

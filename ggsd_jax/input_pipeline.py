@@ -6,11 +6,14 @@ would have seen.
 
 The augmentations are those that reach OpenScene's network in distillation: a random rotation and scale of
 every cloud (also where `data.augment` is off, and in repeated evaluation), flips of the horizontal axes, and
-one shift of the voxel grid per batch. Its elastic distortion is computed but never used there, and its colour
-jitter is overwritten by ones.
+one shift of the voxel grid per batch; and, for a network that reads colours, changes of contrast, tint, hue and
+saturation and noise, which OpenScene's own networks (fed with ones) never see. Its elastic distortion is computed
+but never used there.
 """
 
+import collections
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,9 +22,11 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int, UInt8
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
 from data.scene import Scene
+from ggsd_jax import hosts
 from ggsd_jax.inference import input_features
 from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, next_bucket, repad, voxelize
 
@@ -80,6 +85,28 @@ def random_transform(rng: np.random.Generator, *, flip: bool = False) -> Float64
         mirror = np.where(rng.random(2) < 0.5, -1.0, 1.0)
         transform = np.diag([*mirror, 1.0]) @ transform
     return transform
+
+
+def random_colors(colors: UInt8[np.ndarray, "N 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "N 3"]:
+    """The colours of a cloud as another camera in other light might see them, by OpenScene's rules.
+
+    In this order: stretched to full contrast to a random degree (in 20 of 100 cases), tinted by up to 10 % per
+    channel (95), noise of 5 % on every value (95); the hue turned by up to half the circle, the saturation scaled
+    by 0.8..1.2 (always).
+    """
+    values = colors / 255.0
+    if rng.random() < 0.2:
+        low, high = values.min(0), values.max(0)
+        stretched = (values - low) / np.maximum(high - low, 1 / 255)
+        values += rng.random() * (stretched - values)
+    if rng.random() < 0.95:
+        values = np.clip(values + rng.uniform(-0.1, 0.1, 3), 0, 1)
+    if rng.random() < 0.95:
+        values = np.clip(values + rng.normal(0, 0.05, values.shape), 0, 1)
+    hsv = rgb_to_hsv(values)
+    hsv[:, 0] = (hsv[:, 0] + rng.uniform(-0.5, 0.5)) % 1
+    hsv[:, 1] = np.minimum(hsv[:, 1] * rng.uniform(0.8, 1.2), 1)
+    return np.round(hsv_to_rgb(hsv) * 255).astype(np.uint8)
 
 
 def _rotation(axis: int, angle: float) -> np.ndarray:
@@ -223,10 +250,16 @@ def steps_per_epoch(config: ml_collections.ConfigDict, source: SceneSource) -> i
 
 
 def train_iterator(
-    source: SceneSource, config: ml_collections.ConfigDict, *, num_replicas: int, start_step: int = 0
+    source: SceneSource,
+    config: ml_collections.ConfigDict,
+    *,
+    num_replicas: int,
+    replicas: range | None = None,
+    start_step: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches from `start_step` on, each with a leading replica axis.
 
+    Of the `num_replicas` parts of each batch only `replicas` are read and made (default: all).
     To resume, ask for the step to go on from: nothing else needs to be saved. Batches are made ahead of time
     in threads, or in `data.workers` processes where that is not 0.
 
@@ -245,7 +278,7 @@ def train_iterator(
         .shuffle()
         .batch(config.batch_size, drop_remainder=True)
         .repeat()
-        .random_map(_GlobalBatch(source, config, num_replicas))
+        .random_map(_GlobalBatch(source, config, num_replicas, replicas or range(num_replicas)))
     )[start_step:]
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED_BATCHES)
     iterable = batches.to_iter_dataset(threads)
@@ -258,36 +291,66 @@ def train_iterator(
     return iter(iterable)
 
 
-class _GlobalBatch:
-    """Makes the batch of one step from its scenes and its random numbers."""
+def on_devices(batches: Iterator[Batch], config: ml_collections.ConfigDict, num_replicas: int) -> Iterator[Batch]:
+    """The batches of `train_iterator` on the local devices (axis "data"), sent there while the ones before compute.
 
-    def __init__(self, source: SceneSource, config: ml_collections.ConfigDict, num_replicas: int):
+    All processes pad to the largest of their buckets, so that they run the same program.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    ahead = collections.deque()
+    for batch in batches:
+        bucket = max(hosts.gather(batch.bucket))
+        if bucket > batch.bucket:
+            parts = [jax.tree.map(operator.itemgetter(i), batch) for i in range(len(batch.feats))]
+            batch = _stacked(parts, bucket, config.batch_size // num_replicas, config.data.chunk_points)
+        ahead.append(jax.device_put(batch, sharding))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+
+
+def _stacked(replicas: list[Batch], bucket: int, scenes: int, chunk_points: int) -> Batch:
+    """The batches of several replicas, of so many scenes each, as one with a leading replica axis."""
+    num_targets = target_capacity(bucket, scenes, chunk_points)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[pad_batch(r, bucket, num_targets) for r in replicas])
+
+
+class _GlobalBatch:
+    """Makes some replicas' parts of the batch of one step from its scenes and its random numbers."""
+
+    def __init__(self, source: SceneSource, config: ml_collections.ConfigDict, num_replicas: int, replicas: range):
         self.source = source
         self.config = config
         self.num_replicas = num_replicas
+        self.replicas = replicas
         self.cropped: set[str] = set()
 
     def __call__(self, visits: Int[np.ndarray, "B"], rng: np.random.Generator) -> Batch:
-        data, num_scenes = self.config.data, len(self.source) // self.source.chunks
         shift = rng.integers(_MAX_SHIFT, size=3, dtype=np.int32)
-        scenes, voxels, centres = [], [], []
-        for visit in visits:
-            chunk = rng.integers(self.source.chunks)
-            scene = self.source[int(visit % num_scenes * self.source.chunks + chunk)]
-            view = transformed_voxels(scene.points, data.voxel_size, random_transform(rng, flip=data.augment))
-            scenes.append(scene)
-            voxels.append(view._replace(coords=view.coords + shift))
-            centres.append(voxels[-1].coords[rng.integers(len(view.coords))])
-
-        share = len(scenes) // self.num_replicas
-        parts = [slice(start, start + share) for start in range(0, len(scenes), share)]
-        replicas = [self._fit(scenes[part], voxels[part], centres[part]) for part in parts]
+        seeds = rng.integers(2**63, size=len(visits))  # so that no visit hangs on scenes that others read
+        share = len(visits) // self.num_replicas
+        replicas = []
+        for replica in self.replicas:
+            part = slice(replica * share, (replica + 1) * share)
+            scenes, voxels, centres = zip(*map(self._visit, visits[part].tolist(), seeds[part].tolist()), strict=True)
+            voxels = [v._replace(coords=v.coords + shift) for v in voxels]
+            replicas.append(self._fit(scenes, voxels, [c + shift for c in centres]))
         bucket = max(replica.bucket for replica in replicas)
-        num_targets = target_capacity(bucket, share, data.chunk_points)
-        replicas = [pad_batch(replica, bucket, num_targets) for replica in replicas]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *replicas)
+        return _stacked(replicas, bucket, share, self.config.data.chunk_points)
 
-    def _fit(self, scenes: list[Scene], voxels: list[Voxels], centres: list[np.ndarray]) -> Batch:
+    def _visit(self, visit: int, seed: int) -> tuple[Scene, Voxels, np.ndarray]:
+        """A scene with some of its features, its voxels as they are seen this time, and where to crop them."""
+        rng, data = np.random.default_rng(seed), self.config.data
+        num_scenes = len(self.source) // self.source.chunks
+        chunk = rng.integers(self.source.chunks)
+        scene = self.source[int(visit % num_scenes * self.source.chunks + chunk)]
+        view = transformed_voxels(scene.points, data.voxel_size, random_transform(rng, flip=data.augment))
+        centre = view.coords[rng.integers(len(view.coords))]
+        if data.augment and data.input_color and scene.colors is not None:
+            scene = dataclasses.replace(scene, colors=random_colors(scene.colors, rng))
+        return scene, view, centre
+
+    def _fit(self, scenes: Sequence[Scene], voxels: list[Voxels], centres: list[np.ndarray]) -> Batch:
         """A batch within the largest bucket; scenes are cropped around their centres until it is."""
         largest = next_bucket(self.config.data.max_voxels)
         sizes = np.array([len(v.coords) for v in voxels])

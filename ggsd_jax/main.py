@@ -9,20 +9,29 @@ Any field of the configuration can be set from here:
 
   python -m ggsd_jax.main --config=configs/scannet.py --workdir=out/scannet \
       --config.data.root=/data/scannet --config.loss.superpoint_weight=0
+
+Several machines, or several processes on one, work as one run: under SLURM by themselves, elsewhere by --coordinator,
+--num_processes and --process_id (BUILD.md).
 """
 
 import logging as std_logging
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ggsd_jax import run
-from ggsd_jax.train import NonFiniteError
+from ggsd_jax import hosts, run
+from ggsd_jax.metric_log import NonFiniteError
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, one of configs/*.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for everything this run writes; give it again to go on.")
 flags.DEFINE_enum("mode", "all", run.MODES, "The part to do; `all` does what is missing.")
+flags.DEFINE_boolean("profile", False, "Write a trace of some training steps to WORKDIR/profile.")
+flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in ~/.cache/ggsd_jax/xla for later runs.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where a run has several processes.")
+flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 FLAGS = flags.FLAGS
 
@@ -39,11 +48,16 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours)
     run.use_cpu_devices(FLAGS.config)
-    try:
-        run.run(FLAGS.config, Path(FLAGS.workdir), FLAGS.mode)
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
-        logging.debug("details", exc_info=True)
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    jax.config.update("jax_enable_compilation_cache", FLAGS.compilation_cache)
+    with hosts.ending_together():
+        try:
+            hosts.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+            if not hosts.is_first():
+                logging.set_verbosity(logging.WARNING)
+            run.run(FLAGS.config, Path(FLAGS.workdir), FLAGS.mode, profile=FLAGS.profile)
+        except (ValueError, FileNotFoundError, NonFiniteError) as error:
+            logging.debug("details", exc_info=True)
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

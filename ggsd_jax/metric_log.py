@@ -1,11 +1,100 @@
-"""One line of JSON per logged step, and the same numbers as TensorBoard events."""
+"""What a run tells of its steps: a progress bar, a line of JSON every so many, the same as TensorBoard events."""
 
 import json
+import math
 import os
+import resource
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from ggsd_jax import hosts
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient stopped being a number."""
+
+
+class StepLog:
+    """Collects what the steps yield and writes the means; of several processes, the first writes for all.
+
+    Args:
+        workdir: where `MetricLog` writes.
+        start, total: the step a run goes on from, and its last.
+    """
+
+    def __init__(self, workdir: Path, start: int, total: int):
+        first = hosts.is_first()
+        self._log = MetricLog(workdir, start) if first else None
+        self._bar = tqdm(
+            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0, disable=not first
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        self._clock, self._waited, self._rows, self._pending = time.monotonic(), 0.0, 0, []
+
+    def add(self, terms: dict, rows: int, waited: float) -> None:
+        """Takes note of a step, which may still be running.
+
+        Args:
+            terms: arrays [R], equal on all replicas; "voxels" is their number in the whole batch.
+            rows: what the whole batch has room for.
+            waited: seconds that the batch made the step wait.
+        """
+        self._pending.append(terms)
+        self._rows += rows
+        self._waited += waited
+        self._bar.update()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs, under the number of the last step, `values` ("stage" among them) and the means since the last call.
+
+        Raises:
+            NonFiniteError: a term is not a number; names it and the step.
+        """
+        steps = [{name: float(value[0]) for name, value in terms.items()} for terms in jax.device_get(self._pending)]
+        for offset, terms in enumerate(steps):
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"step {step - len(steps) + offset + 1}: {name} is {value}; training stopped, the last "
+                        "checkpoint is good. Try a lower optimizer.learning_rate, or look at this step's input features"
+                    )
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        means = {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}
+        voxels = means.pop("voxels") * len(steps)
+        speed = {
+            "voxels_per_second": voxels / seconds,
+            "data_wait_share": self._waited / seconds,
+            "padding_share": 1.0 - voxels / self._rows,
+            "peak_memory_gb": peak_memory() / 1e9,
+        }
+        if self._log:
+            self._log.write(step, means | speed | values)
+        self._bar.set_description(f"stage {values['stage']}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {means['loss']:.3f}, {speed['voxels_per_second']:.3g} voxels/s, "
+            f"data wait {speed['data_wait_share']:.0%}, memory {speed['peak_memory_gb']:.2f} GB"
+        )
+        self._begin()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._log:
+            self._log.close()
+
+
+def peak_memory() -> int:
+    """Most bytes that any device of this process has held; the process itself where devices do not tell (CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(s["peak_bytes_in_use"] for s in stats)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class MetricLog:

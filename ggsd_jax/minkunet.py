@@ -159,6 +159,8 @@ class MinkUNet(nn.Module):
         layers, planes, init_dim: see `Architecture`.
         dtype: of the arithmetic; parameters and statistics keep their own. Batch norm uses at least float32.
         axis_name: replicas over which batch statistics are reduced.
+        remat: how many levels, from the finest, compute what is inside their residual blocks again in the backward
+            pass instead of keeping it: less memory, more time.
     """
 
     layers: tuple[int, ...]
@@ -167,6 +169,7 @@ class MinkUNet(nn.Module):
     init_dim: int = INIT_DIM
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    remat: int = 0
 
     @nn.compact
     def __call__(self, feats: Float[Any, "V Cin"], pyramid: Pyramid, train: bool) -> Float[Array, "V Cout"]:
@@ -182,9 +185,10 @@ class MinkUNet(nn.Module):
             return nn.relu(x)
 
         def stage(x, number, level):
+            block_class = nn.remat(BasicBlock, static_argnums=4) if level < self.remat else BasicBlock
             for i in range(self.layers[number - 1]):
                 width, name = self.planes[number - 1], f"block{number}_{i}"
-                block = BasicBlock(width, self.dtype, self.axis_name, name=name)
+                block = block_class(width, self.dtype, self.axis_name, name=name)
                 x = block(x, pyramid.submanifold[level], masks[level], train)
             return x
 

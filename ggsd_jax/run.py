@@ -10,13 +10,15 @@ import ml_collections
 from absl import logging
 
 from data.ply import replacing
-from ggsd_jax import evaluate, inference, prepare, train
+from ggsd_jax import evaluate, hosts, inference, prepare, train
 
 MODES = ["all", "prepare", "train", "eval"]
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all") -> dict | None:
+def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, profile: bool = False) -> dict | None:
     """Prepares, trains and evaluates as `mode` says; returns the content of `results.json` where there is one.
+
+    With `profile` the training leaves a trace of some steps (`profiling.StepTrace`).
 
     Raises:
         ValueError: `workdir` belongs to another configuration.
@@ -24,23 +26,27 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all") -> 
     _claim(workdir, config)
     inference.keep_compiled_programs()
     results_file = workdir / "results.json"
-    if mode == "all" and results_file.exists():
+    complete, *_ = hosts.gather(results_file.exists())
+    if mode == "all" and complete:
         results = json.loads(results_file.read_text())
-        print(f"{workdir} is complete:\n\n{evaluate.table(results)}")
+        if hosts.is_first():
+            print(f"{workdir} is complete:\n\n{evaluate.table(results)}")
         return results
     data_dir = Path(config.data.prepared or workdir / "data")
     if mode in ("all", "prepare"):
         with _timed(workdir, "prepare"):
-            prepare.prepare(config, data_dir)
+            if hosts.is_first():
+                prepare.prepare(config, data_dir)
     if mode in ("all", "train"):
         with _timed(workdir, "train"):
-            train.train(config, workdir, data_dir)
+            train.train(config, workdir, data_dir, profile=profile)
     if mode in ("all", "eval"):
         with _timed(workdir, "eval"):
             results = evaluate.evaluate(config, workdir, data_dir)
         results["seconds"] = json.loads((workdir / "seconds.json").read_text())
-        write_json(results_file, results)
-        print(f"\n{evaluate.table(results)}\n\nwritten: {results_file}")
+        if hosts.is_first():
+            write_json(results_file, results)
+            print(f"\n{evaluate.table(results)}\n\nwritten: {results_file}")
         return results
     return None
 
@@ -64,10 +70,10 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
-    if not (path.exists() and (workdir / "checkpoints").exists()):
+    if hosts.is_first() and not (path.exists() and (workdir / "checkpoints").exists()):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
-        return
+    hosts.wait()
     theirs = json.loads(path.read_text())
     for field, values in differences(theirs, mine).items():
         raise ValueError(
@@ -89,7 +95,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
 
 
 class _timed:
-    """Adds the seconds spent in a part of the run to `seconds.json`; a killed sitting leaves none."""
+    """Adds the seconds spent in a part of the run to `seconds.json`; a killed sitting leaves none.
+
+    Processes leave together: the next part may read what the first wrote.
+    """
 
     def __init__(self, workdir: Path, part: str):
         self.path, self.part = workdir / "seconds.json", part
@@ -98,7 +107,10 @@ class _timed:
         logging.info("%s: start", self.part)
         self.start = time.monotonic()
 
-    def __exit__(self, *_):
-        seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
-        seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
-        write_json(self.path, seconds)
+    def __exit__(self, *failure):
+        if hosts.is_first():
+            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+            seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
+            write_json(self.path, seconds)
+        if not any(failure):
+            hosts.wait()

@@ -1,7 +1,7 @@
 """Training: the two stages of GGSD, one step, and the loop that survives being killed."""
 
 import functools
-import math
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,20 @@ import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from absl import logging
 from flax import jax_utils
 from jaxtyping import Array, Float, PyTree
-from tqdm import tqdm
 
-from ggsd_jax import checkpoint, input_pipeline, prepare
+from ggsd_jax import checkpoint, hosts, input_pipeline, prepare
 from ggsd_jax.losses import (
     point_distillation_loss,
     self_distillation_loss,
     superpoint_distillation_loss,
 )
-from ggsd_jax.metric_log import MetricLog
+from ggsd_jax.metric_log import StepLog
 from ggsd_jax.minkunet import MinkUNet, architecture
+from ggsd_jax.profiling import StepTrace
 from ggsd_jax.self_distillation import pseudo_labels, update_teacher, vote
 from ggsd_jax.vision_language import text
 
@@ -42,13 +41,17 @@ class TrainState:
     opt_state: PyTree
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient stopped being a number."""
-
-
 def make_model(config: ml_collections.ConfigDict, out_channels: int, axis_name: str | None = None) -> MinkUNet:
-    """The network of `config.model` with `out_channels` features per voxel."""
+    """The network of `config.model` with `out_channels` features per voxel.
+
+    Raises:
+        ValueError: unknown `model.arch` or `model.dtype`, or `model.remat` outside 0..5.
+    """
     arch = architecture(config.model.arch)
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype is {config.model.dtype!r}: expected 'float32' or 'bfloat16'")
+    if not 0 <= config.model.remat <= 5:
+        raise ValueError(f"model.remat is {config.model.remat}: expected 0 (keep everything) to 5 (all levels)")
     width = config.model.width
     return MinkUNet(
         layers=arch.layers,
@@ -57,6 +60,7 @@ def make_model(config: ml_collections.ConfigDict, out_channels: int, axis_name: 
         out_channels=out_channels,
         dtype=jnp.dtype(config.model.dtype),
         axis_name=axis_name,
+        remat=config.model.remat,
     )
 
 
@@ -115,6 +119,7 @@ def train_step(
         features, updated = model.apply(variables, batch.feats, pyramid, train=True, mutable=["batch_stats"])
         features = features.astype(jnp.float32)
         terms = {
+            "voxels": pyramid.num_voxels[0].astype(jnp.float32),
             "L_p": mean(point_distillation_loss(features[rows], targets, supervised)),
             "L_sp": mean(
                 superpoint_distillation_loss(
@@ -174,25 +179,25 @@ def start_stage2(
     The learning rate goes on. A fixed 3D teacher is the network as it is now.
     """
     fresh, schedule_state = optimizer.init(jax.tree.map(lambda x: x[0], state.params))[0], state.opt_state[1]
-    moments = jax_utils.replicate(fresh, jax.local_devices())
+    moments = jax_utils.replicate(fresh, axis_name=AXIS)
     if loss.label_source == "fixed_3d":
         student = {"params": state.params, "batch_stats": state.batch_stats}
         state = state.replace(teacher=jax.tree.map(jnp.copy, student))
     return state.replace(opt_state=(moments, schedule_state))
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> None:
+def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, profile: bool = False) -> None:
     """Trains both stages into `workdir`, going on from its last checkpoint if there is one.
 
-    Leaves `checkpoints/` (the newest states and the end of stage 1), `metrics.jsonl`, TensorBoard events, and the
-    networks (parameters only) `stage1/` and `model/`.
+    Leaves `checkpoints/` (the newest states and the end of stage 1), `metrics.jsonl`, TensorBoard events, the
+    networks (parameters only) `stage1/` and `model/`, and with `profile` a trace of some steps.
 
     Raises:
         NonFiniteError: a loss or gradient became NaN or infinite; names the step and the term. The last good
             checkpoint stays.
     """
     source = prepare.load_split(data_dir, "train")
-    replicas = jax.local_device_count()
+    replicas, mine = hosts.replicas()
     epoch_steps = input_pipeline.steps_per_epoch(config, source)
     stage1_steps = config.stage1_epochs * epoch_steps
     total_steps = stage1_steps + config.stage2_epochs * epoch_steps
@@ -204,19 +209,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
     optimizer = optax.adam(schedule)
 
     manager = checkpoint.manager(workdir / "checkpoints", keep=stage1_steps)
-    start = manager.latest_step()
-    batches = input_pipeline.train_iterator(source, config, num_replicas=replicas, start_step=start or 0)
+    saved, *_ = hosts.gather(manager.latest_step())
+    start = (stage1_steps if config.stage1_from else 0) if saved is None else saved
+    batches = input_pipeline.train_iterator(source, config, num_replicas=replicas, replicas=mine, start_step=start)
+    batches = input_pipeline.on_devices(batches, config, replicas)
     first = next(batches)
-    state = initial_state(model, optimizer, jax.tree.map(lambda x: x[0], first), config.seed)
-    if start is not None:
+    state = initial_state(model, optimizer, jax_utils.unreplicate(first), config.seed)
+    if saved is not None:
         logging.info("going on from step %d of %d", start, total_steps)
         state = checkpoint.restore(manager, start, state)
     elif config.stage1_from:
         state = checkpoint.restore_end_of_stage1(Path(config.stage1_from) / "checkpoints", stage1_steps, state)
-        start = stage1_steps
-        batches = input_pipeline.train_iterator(source, config, num_replicas=replicas, start_step=start)
-        first = next(batches)
-    start = start or 0
     info = {
         "arch": config.model.arch,
         "voxel_size": config.data.voxel_size,
@@ -238,72 +241,50 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path) -> N
         )
         for stage in (1, 2)
     }
-    state = jax_utils.replicate(state)
-    log = MetricLog(workdir, start)
-    pending: list[dict] = []
-    bar = tqdm(total=total_steps, initial=start, unit="step", desc="stage 1", dynamic_ncols=True, mininterval=1.0)
-    clock, waited, voxels = time.monotonic(), 0.0, 0
+    state = jax_utils.replicate(state, axis_name=AXIS)
+    batches = itertools.chain([first], batches)
+    log = StepLog(workdir, start, total_steps)
+    trace = StepTrace(workdir / "profile" if profile and hosts.is_first() else None)
     for step in range(start, total_steps):
         stage = 1 if step < stage1_steps else 2
         if step == stage1_steps:
-            bar.set_description("stage 2")
-            student = {"params": state.params, "batch_stats": state.batch_stats}
-            checkpoint.save_model(workdir / "stage1", jax.device_get(jax_utils.unreplicate(student)), info)
+            checkpoint.save_model(workdir / "stage1", _variables(state), info)
             state = start_stage2(state, optimizer, config.loss)
         waiting = time.monotonic()
-        batch = first if step == start else next(batches)
-        waited += time.monotonic() - waiting
-        capacity = batch.feats.shape[1]
-        if (stage, capacity) not in compiled:
-            compiled.add((stage, capacity))
-            logging.info("compiling the step of stage %d for up to %d voxels per device", stage, capacity)
+        batch = next(batches)
+        waited = time.monotonic() - waiting
+        if (stage, batch.bucket) not in compiled:
+            compiled.add((stage, batch.bucket))
+            logging.info("compiling the step of stage %d for up to %d voxels per device", stage, batch.bucket)
+            steps[stage].lower(state, batch, class_text).compile()
+            hosts.wait()  # gloo gives up on a process that is half a minute late for its first collective
+        trace.before_step(state)
         state, terms = steps[stage](state, batch, class_text)
-        pending.append(terms)
-        occupied = int(batch.pyramid.num_voxels[:, 0].sum())
-        voxels += occupied
-        bar.update()
+        log.add(terms, rows=replicas * batch.bucket, waited=waited)
 
         done = step + 1
         last = done in (stage1_steps, total_steps)
         if done % config.log_every == 0 or last:
-            values = _finite(jax.device_get(pending), first_step=done - len(pending))
-            pending = []
-            now = time.monotonic()
-            seconds = max(now - clock, 1e-9)
             log.write(
                 done,
-                values
-                | {
+                {
                     "stage": stage,
                     "epoch": done / epoch_steps,
                     "learning_rate": float(schedule(step)),
-                    "voxels_per_second": voxels / seconds,
-                    "data_wait_share": waited / seconds,
-                    "padding_share": 1.0 - occupied / (replicas * capacity),
                     "compilations": len(compiled),
                 },
             )
-            bar.set_postfix(loss=f"{values['loss']:.3f}", wait=f"{waited / seconds:.0%}")
-            clock, waited, voxels = now, 0.0, 0
             if done % config.checkpoint_every < config.log_every or last:
                 checkpoint.save(manager, done, jax.device_get(jax_utils.unreplicate(state)))
-    bar.close()
+    trace.close(state)
     log.close()
-    final = jax.device_get(jax_utils.unreplicate({"params": state.params, "batch_stats": state.batch_stats}))
     if stage1_steps == total_steps:
-        checkpoint.save_model(workdir / "stage1", final, info)
-    checkpoint.save_model(workdir / "model", final, info)
+        checkpoint.save_model(workdir / "stage1", _variables(state), info)
+    checkpoint.save_model(workdir / "model", _variables(state), info)
     manager.wait_until_finished()
     manager.close()
 
 
-def _finite(steps: list[dict], first_step: int) -> dict[str, float]:
-    """Means of the logged terms [R], equal on all replicas; raises at the first one that is not a number."""
-    for offset, terms in enumerate(steps):
-        for name, values in terms.items():
-            if not math.isfinite(values[0]):
-                raise NonFiniteError(
-                    f"step {first_step + offset + 1}: {name} is {values[0]}; training stopped, the last checkpoint is "
-                    "good. Try a lower optimizer.learning_rate, or look at this step's input features"
-                )
-    return {name: float(np.mean([terms[name][0] for terms in steps])) for name in steps[0]}
+def _variables(state: TrainState) -> PyTree:
+    """The student of a replicated state, on the host."""
+    return jax.device_get(jax_utils.unreplicate({"params": state.params, "batch_stats": state.batch_stats}))

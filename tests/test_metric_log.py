@@ -1,6 +1,13 @@
 import json
 
-from ggsd_jax.metric_log import MetricLog
+import numpy as np
+import pytest
+
+from ggsd_jax.metric_log import MetricLog, NonFiniteError, StepLog
+
+
+def lines_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_log_drops_what_was_written_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -13,5 +20,30 @@ def test_a_resumed_log_drops_what_was_written_after_the_checkpoint_and_a_torn_li
     log = MetricLog(tmp_path, 4)
     log.write(6, {"loss": 0.5})
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def step_terms(loss: float) -> dict:
+    return {"loss": np.full(2, loss), "voxels": np.full(2, 300.0)}
+
+
+def test_a_line_has_the_means_since_the_one_before_and_what_the_steps_cost(tmp_path):
+    log = StepLog(tmp_path, 0, 4)
+    for losses in ((1.0, 3.0), (5.0, 5.0)):
+        for loss in losses:
+            log.add(step_terms(loss), rows=400, waited=1e-9)
+        log.write(2 if losses[0] == 1 else 4, {"stage": 1})
+    log.close()
+    first, second = lines_of(tmp_path)
+    assert (first["loss"], second["loss"]) == (2.0, 5.0)
+    assert first["padding_share"] == 0.25 and 0 < first["data_wait_share"] < 1
+    assert first["voxels_per_second"] > 0 and first["peak_memory_gb"] > 0.01
+
+
+def test_a_term_that_is_no_number_is_named_with_its_step_and_not_logged(tmp_path):
+    log = StepLog(tmp_path, 10, 20)
+    for loss in (1.0, float("nan"), 1.0):
+        log.add(step_terms(loss), rows=400, waited=0.0)
+    with pytest.raises(NonFiniteError, match="step 12: loss is nan"):
+        log.write(13, {"stage": 1})
+    assert not lines_of(tmp_path)

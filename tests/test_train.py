@@ -19,7 +19,8 @@ import pytest
 
 from data.synthetic import generate_room
 from ggsd_jax import checkpoint, inference, input_pipeline, prepare, run, train
-from ggsd_jax.train import AXIS, NonFiniteError, initial_state, learning_rate_schedule, make_model, train_step
+from ggsd_jax.metric_log import NonFiniteError
+from ggsd_jax.train import AXIS, initial_state, learning_rate_schedule, make_model, train_step
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = {
@@ -162,6 +163,29 @@ def test_four_devices_take_the_step_of_one_on_the_same_scenes(batches):
         assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b) + 1e-5 * largest  # a flipped ReLU may cost 2e-2
     for a, b in zip(jax.tree.leaves(statistics4), jax.tree.leaves(statistics), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_arithmetic_leaves_parameters_statistics_and_losses_in_float32(batches):
+    config, by_replicas = batches
+    class_text = np.asarray(train.text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
+    optimizer = optax.adam(1e-3)
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        config.model.dtype = dtype
+        model = make_model(config, class_text.shape[1], axis_name=AXIS)
+        batch = by_replicas[1]
+        state = initial_state(model, optimizer, jax.tree.map(lambda x: x[0], batch), seed=0)
+        step = functools.partial(train_step, model=model, optimizer=optimizer, loss=config.loss, stage=2)
+        devices = jax.local_devices()[:1]
+        step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), devices=devices)
+        results.append(step(flax.jax_utils.replicate(state, devices), batch, class_text))
+    (after, terms), (after16, terms16) = results
+    for leaf in jax.tree.leaves((after16, terms16)):
+        assert leaf.dtype in (jnp.float32, jnp.int32) and np.isfinite(leaf).all()
+    for name in ("L_p", "L_sp", "L_sd"):
+        assert 0 < abs(terms16[name][0] / terms[name][0] - 1) < 0.02, name  # equal: nothing was computed in bfloat16
+    for a, b in zip(jax.tree.leaves(after16.batch_stats), jax.tree.leaves(after.batch_stats), strict=True):
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
 def test_a_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_state(finished, tmp_path):
