@@ -9,6 +9,7 @@ import json
 import runpy
 from pathlib import Path
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")
@@ -62,7 +63,9 @@ def _run(config_file: Path, folder: Path, row: str, seed: int) -> dict:
         config.stage1_from = str(folder / FIRST)
     run.use_cpu_devices(config)
     print(f"\n== seed {seed}: {row}")
-    return run.run(config, folder / row)
+    results = run.run(config, folder / row)
+    jax.clear_caches()  # the programs of all runs together can be more than one process holds
+    return results
 
 
 def _report(name: str, title: str, rows: list, results: dict, protocol: dict) -> None:
