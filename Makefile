@@ -17,7 +17,7 @@ demo: setup
 	$(VENV)/bin/python -m ggsd_jax.main --config=configs/synthetic.py --workdir=out/demo
 
 test: setup
-	$(VENV)/bin/python -m pytest -q --timeout=600
+	$(VENV)/bin/python -m pytest -q --timeout=600 -n 2 --dist worksteal
 
 lint: setup
 	$(VENV)/bin/ruff check .

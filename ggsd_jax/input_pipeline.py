@@ -97,7 +97,7 @@ def random_colors(colors: UInt8[np.ndarray, "N 3"], rng: np.random.Generator) ->
     values = colors / 255.0
     if rng.random() < 0.2:
         low, high = values.min(0), values.max(0)
-        stretched = (values - low) / np.maximum(high - low, 1 / 255)
+        stretched = np.where(high > low, (values - low) / np.maximum(high - low, 1 / 255), values)
         values += rng.random() * (stretched - values)
     if rng.random() < 0.95:
         values = np.clip(values + rng.uniform(-0.1, 0.1, 3), 0, 1)

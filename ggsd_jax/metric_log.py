@@ -51,7 +51,7 @@ class StepLog:
         self._waited += waited
         self._bar.update()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, int | float]) -> None:
         """Logs, under the number of the last step, `values` ("stage" among them) and the means since the last call.
 
         Raises:
@@ -117,7 +117,7 @@ class MetricLog:
         self._file = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, int | float]) -> None:
         """Logs the values of one step under their names."""
         self._file.write(json.dumps({"step": step, "time": time.time()} | values) + "\n")
         self._file.flush()

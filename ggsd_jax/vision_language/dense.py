@@ -36,17 +36,18 @@ class DenseTeacher:
 
         Both go into `data.projection.fuse`. Features are resized to the view's pixels one view at a time.
         """
-        ready: dict[int, jax.Array] = {}
+        ready: dict[int, tuple[View, jax.Array]] = {}  # with the view: while it lives, no other has its id
 
         def ahead() -> Iterator[View]:
             for batch, images in self._batches(views):
                 ready.clear()
                 padded = images + images[-1:] * (self.batch_size - len(images))  # one size, one compiled program
-                ready.update(zip(map(id, batch), self.network(np.stack(padded)), strict=False))
+                for view, features in zip(batch, self.network(np.stack(padded)), strict=False):
+                    ready[id(view)] = view, features
                 yield from batch
 
         def features_of(view: View) -> Float32[np.ndarray, "h w C"]:
-            return np.asarray(_at_pixels(ready[id(view)], view.size[::-1]))
+            return np.asarray(_at_pixels(ready[id(view)][1], view.size[::-1]))
 
         return ahead(), features_of
 
