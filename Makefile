@@ -1,8 +1,8 @@
-# setup · demo · test · lint: each one first installs what it needs into .venv.
+# setup · demo · test · lint · bench: each one first installs what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint bench
 
 setup: $(VENV)/installed
 
@@ -22,3 +22,6 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: setup
+	$(VENV)/bin/python -m experiments.benchmark
