@@ -107,6 +107,6 @@ def _report(name: str, title: str, rows: list, results: dict, protocol: dict) ->
     axes.invert_yaxis()
     axes.set_xlabel(f"mIoU, {protocol['dataset']} validation scenes")
     axes.set_title(title)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(ROOT / f"{name}.png", dpi=110)
     print("\n".join(lines))
