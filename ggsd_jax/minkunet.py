@@ -75,13 +75,20 @@ class SparseConv(nn.Module):
     features: int
     transposed: bool = False
     dtype: DTypeLike = jnp.float32
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "N Cin"], kernel_map: KernelMap) -> Float[Array, "M Cout"]:
         shape = (kernel_map.kernel_volume, x.shape[-1], self.features)
         init = _TRANSPOSED_INIT if self.transposed else _CONV_INIT
         kernel = jnp.asarray(self.param("kernel", init, shape, jnp.float32), self.dtype)
-        return sparse_conv(x.astype(self.dtype), kernel, kernel_map, transposed=self.transposed)
+        return sparse_conv(
+            x.astype(self.dtype),
+            kernel,
+            kernel_map,
+            transposed=self.transposed,
+            implementation=self.implementation,
+        )
 
 
 def _pointwise(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
@@ -111,24 +118,79 @@ class MaskedBatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
 
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         keep = jnp.asarray(mask)[:, None]
         if train:
-            count, total = self._reduce((jnp.sum(keep, dtype=x.dtype), jnp.sum(jnp.where(keep, x, 0), 0)))
-            mean = total / jnp.maximum(count, 1)
-            squares = self._reduce(jnp.sum(jnp.where(keep, jnp.square(x - mean), 0), 0))
-            var = squares / jnp.maximum(count, 1)
+            axis_name = None if self.is_initializing() else self.axis_name
+            y, mean, squares, count = _normalize(axis_name, self.epsilon, x, keep, scale, bias)
             if not self.is_initializing():
                 unbiased = squares / jnp.maximum(count - 1, 1)
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (unbiased - running_var.value)
         else:
-            mean, var = running_mean.value, running_var.value
-        y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+            x = _at_least_float32(x)
+            y = (x - running_mean.value) * (jax.lax.rsqrt(running_var.value + self.epsilon) * scale) + bias
         return jnp.where(keep, y, 0).astype(self.dtype)
 
-    def _reduce(self, sums: Any) -> Any:
-        return jax.lax.psum(sums, self.axis_name) if self.axis_name and not self.is_initializing() else sums
+
+def _at_least_float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(axis_name, epsilon, x, keep, scale, bias):
+    """Rows normalised by their own statistics; mean, summed squares about it, count. Only the rows have a gradient.
+
+    Its gradient is written down, since autodiff keeps several arrays of the size of x where x alone is enough.
+    """
+    return _normalize_forward(axis_name, epsilon, x, keep, scale, bias)[0]
+
+
+def _normalize_forward(axis_name, epsilon, x, keep, scale, bias):
+    wide = _at_least_float32(x)
+    count, total = _reduce(axis_name, (jnp.sum(keep, dtype=wide.dtype), jnp.sum(jnp.where(keep, wide, 0), 0)))
+    count = jnp.maximum(count, 1)
+    mean = total / count
+    squares = _reduce(axis_name, jnp.sum(jnp.where(keep, jnp.square(wide - mean), 0), 0))
+    inverse_std = jax.lax.rsqrt(squares / count + epsilon)
+    y = (wide - mean) * (inverse_std * scale) + bias
+    return (y, mean, squares, count), (x, keep, scale, mean, inverse_std, count)
+
+
+def _normalize_backward(axis_name, epsilon, residuals, gradients):
+    x, keep, scale, mean, inverse_std, count = residuals
+    grad, wide = jnp.where(keep, gradients[0], 0), _at_least_float32(x)
+    # Sums over x, not over x - mean, and so on: XLA would compute that in the forward pass, and keep it.
+    of_bias = jnp.sum(grad, 0)
+    of_scale = (jnp.sum(jnp.where(keep, gradients[0] * wide, 0), 0) - mean * of_bias) * inverse_std
+    mean_grad, slope = _reduce(axis_name, (of_bias, of_scale * inverse_std))
+    mean_grad, slope = mean_grad / count, slope / count
+    grad_x = jnp.where(keep, (grad - wide * slope + (mean * slope - mean_grad)) * (inverse_std * scale), 0)
+    return grad_x.astype(x.dtype), None, of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _reduce(axis_name, sums):
+    return jax.lax.psum(sums, axis_name) if axis_name else sums
+
+
+@jax.custom_vjp
+def _relu(x):
+    """ReLU whose gradient reads its output, which the next layer keeps anyway, and not its input."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x):
+    y = _relu(x)
+    return y, y
+
+
+def _relu_backward(y, grad):
+    return (jnp.where(y > 0, grad, 0),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
 
 
 class BasicBlock(nn.Module):
@@ -137,19 +199,20 @@ class BasicBlock(nn.Module):
     features: int
     dtype: DTypeLike
     axis_name: str | None
+    implementation: str | None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "N Cin"], kernel_map: KernelMap, mask: Bool[Any, " N"], train: bool
     ) -> Float[Array, "N Cout"]:
-        conv = functools.partial(SparseConv, self.features, dtype=self.dtype)
+        conv = functools.partial(SparseConv, self.features, dtype=self.dtype, implementation=self.implementation)
         norm = functools.partial(MaskedBatchNorm, self.axis_name, dtype=self.dtype)
-        y = nn.relu(norm(name="norm1")(conv(name="conv1")(x, kernel_map), mask, train))
+        y = _relu(norm(name="norm1")(conv(name="conv1")(x, kernel_map), mask, train))
         y = norm(name="norm2")(conv(name="conv2")(y, kernel_map), mask, train)
         if x.shape[-1] != self.features:
             x = _pointwise(self.features, self.dtype, "downsample_0")(x)
             x = norm(name="downsample_1")(x, mask, train)
-        return nn.relu(y + x)
+        return _relu(y + x)
 
 
 class MinkUNet(nn.Module):
@@ -161,6 +224,7 @@ class MinkUNet(nn.Module):
         axis_name: replicas over which batch statistics are reduced.
         remat: how many levels, from the finest, compute what is inside their residual blocks again in the backward
             pass instead of keeping it: less memory, more time.
+        implementation: of the convolutions, see `sparse_conv`.
     """
 
     layers: tuple[int, ...]
@@ -170,6 +234,7 @@ class MinkUNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: int = 0
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, feats: Float[Any, "V Cin"], pyramid: Pyramid, train: bool) -> Float[Array, "V Cout"]:
@@ -180,15 +245,15 @@ class MinkUNet(nn.Module):
         masks = [pyramid.mask(level) for level in range(5)]
 
         def conv_norm_relu(x, conv, norm, width, kernel_map, level, transposed=False):
-            x = SparseConv(width, transposed, self.dtype, name=conv)(x, kernel_map)
+            x = SparseConv(width, transposed, self.dtype, self.implementation, name=conv)(x, kernel_map)
             x = MaskedBatchNorm(self.axis_name, dtype=self.dtype, name=norm)(x, masks[level], train)
-            return nn.relu(x)
+            return _relu(x)
 
         def stage(x, number, level):
             block_class = nn.remat(BasicBlock, static_argnums=4) if level < self.remat else BasicBlock
             for i in range(self.layers[number - 1]):
                 width, name = self.planes[number - 1], f"block{number}_{i}"
-                block = block_class(width, self.dtype, self.axis_name, name=name)
+                block = block_class(width, self.dtype, self.axis_name, self.implementation, name=name)
                 x = block(x, pyramid.submanifold[level], masks[level], train)
             return x
 

@@ -69,6 +69,7 @@ def _features(
 ) -> Float[Array, "V C"]:
     pyramid, fits = _pyramid(coords, num_voxels)
     feats = jnp.where(jnp.arange(len(feats))[:, None] < num_voxels, feats, 0)
+    model = model.clone(implementation="xla")  # the only one that runs on every platform
     features = model.apply(unflatten_dict(variables, sep="/"), feats, pyramid, train=False)
     return jnp.where(fits, features, jnp.nan)
 

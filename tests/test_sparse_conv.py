@@ -1,6 +1,7 @@
 """Sparse convolution: MinkowskiEngine's numbers, the reference, and the laws a convolution obeys."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels.sparse_conv import sparse_conv
+from kernels.sparse_conv import cpu, sparse_conv
 from kernels.sparse_conv.shapes import AWKWARD, NETWORK
 from kernels.voxel_grid import build_pyramid, kernel_map, next_bucket, repad
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla")  # in every dtype; "cpu" computes in float32
 # golden/README.md: largest error by largest magnitude, of one op
 TOLERANCE = {np.float32: 2e-6, np.float64: 1e-12}
 CASES = ("conv_k3s1", "conv_k3s1_ts2", "conv_k2s2", "conv_k2s2_ts2", "conv_k5s1", "convtr_k2s2")
@@ -61,7 +62,7 @@ def problem_data(problem, seed=0):
 # ------------------------------------------------------------------------------------------- MinkowskiEngine
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "cpu"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("file", ["ops_a", "ops_b"])
 def test_forward_and_both_gradients_are_minkowski_engines(shared, file, case, implementation):
@@ -80,6 +81,8 @@ def test_forward_and_both_gradients_are_minkowski_engines(shared, file, case, im
         x, expected_coords = stored("in_feats"), stored("out_coords")
     np.testing.assert_array_equal(out_coords, expected_coords)
     for dtype, tolerance in TOLERANCE.items():
+        if implementation == "cpu" and dtype != np.float32:
+            continue
         found = run(x, stored("kernel"), stored("grad_out"), m, transposed, implementation, dtype)
         for name, result in zip(("out", "grad_in", "grad_kernel"), found, strict=True):
             assert_close(result, stored(name), tolerance)
@@ -88,15 +91,16 @@ def test_forward_and_both_gradients_are_minkowski_engines(shared, file, case, im
 # ------------------------------------------------------------------------------------- against the reference
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 @pytest.mark.parametrize("name", [*AWKWARD, *NETWORK])
-def test_xla_computes_what_the_reference_defines(name):
+def test_every_implementation_computes_what_the_reference_defines(name, implementation):
     awkward = name in AWKWARD
     problem = AWKWARD[name] if awkward else NETWORK[name]._replace(voxels=min(NETWORK[name].voxels, 700))
-    dtype = np.float64 if awkward else np.float32
+    dtype = np.float64 if awkward and implementation == "xla" else np.float32
     m, *arrays = problem_data(problem)
     arrays = [a.astype(dtype) for a in arrays]
     expected = run(*arrays, m, problem.transposed, "reference", np.float64)
-    found = run(*arrays, m, problem.transposed, "xla", dtype)
+    found = run(*arrays, m, problem.transposed, implementation, dtype)
     for result, truth in zip(found, expected, strict=True):
         assert_close(result, truth, TOLERANCE[dtype])
 
@@ -127,6 +131,36 @@ def test_gradients_are_those_of_finite_differences(kernel_size, transposed, impl
 
     with jax.enable_x64(True):
         check_grads(conv, (jnp.asarray(x), jnp.asarray(w)), order=1, modes=("rev",), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ threads of a CPU
+
+
+@pytest.mark.parametrize("name", ["odd channels", "several scenes, stride 2", "more than one tile per offset"])
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch, name):
+    problem = AWKWARD[name]._replace(voxels=3000)
+    m, *arrays = problem_data(problem)
+    results = []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(cpu, "_threads", lambda threads=threads: threads)
+        jax.clear_caches()
+        results.append(run(*arrays, m, problem.transposed, "cpu", np.float32))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_calls_that_run_at_the_same_time_do_not_disturb_each_other(monkeypatch):
+    """More calls than threads, each cut into chunks that wait for the same threads."""
+    monkeypatch.setattr(cpu, "_threads", lambda: 4)
+    problem = AWKWARD["odd channels"]._replace(voxels=4000)
+    m, x, w, _ = problem_data(problem)
+    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    conv = jax.jit(lambda x: sparse_conv(x, w, m, implementation="cpu"))
+    expected = np.asarray(conv(x))
+    with ThreadPoolExecutor(16) as pool:
+        for found in pool.map(lambda _: np.asarray(conv(x)), range(200)):
+            np.testing.assert_array_equal(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------------ laws
@@ -239,5 +273,5 @@ def test_errors_name_both_shapes_and_the_axis():
         sparse_conv(x[:, 1:], w, m)
     with pytest.raises(ValueError, match="features are bfloat16 and weights float32"):
         sparse_conv(x.astype(jnp.bfloat16), w, m)
-    with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, pallas_triton, or None"):
+    with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, cpu, pallas_triton, or None"):
         sparse_conv(x, w, m, implementation="cuda")

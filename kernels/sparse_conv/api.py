@@ -5,14 +5,16 @@ import functools
 from absl import logging
 from jaxtyping import Array, Float
 
-from kernels.sparse_conv import pallas_triton, reference, xla
+from kernels.sparse_conv import cpu, pallas_triton, reference, xla
 from kernels.voxel_grid import KernelMap
 
 _IMPLEMENTATIONS = {
     "reference": reference.sparse_conv,
     "xla": xla.sparse_conv,
+    "cpu": cpu.sparse_conv,
     "pallas_triton": pallas_triton.sparse_conv,
 }
+_OBSTACLES = {"pallas_triton": pallas_triton.unsupported, "cpu": cpu.unsupported}  # of those that do not run anywhere
 
 
 def sparse_conv(
@@ -33,8 +35,8 @@ def sparse_conv(
         weights: one matrix per kernel offset, in MinkowskiEngine's order.
         kernel_map: pairs of input and output rows, from `voxel_grid`.
         transposed: exchange the map's sides; a stride-2 map then leads from coarse to fine.
-        implementation: "reference" (the definition, slow), "xla" (any device), "pallas_triton" (NVIDIA GPUs of
-            compute capability 8.0 and above), or None for the fastest that the default device supports.
+        implementation: "reference" (the definition, slow), "xla" (any device), "cpu" (float32 on CPUs), "pallas_triton"
+            (NVIDIA GPUs of compute capability 8.0 and above), or None for the fastest that the default device supports.
     Returns:
         One row per output voxel of the map, of the features' dtype; zeros for a voxel without a pair.
     Raises:
@@ -61,18 +63,25 @@ def sparse_conv(
         raise ValueError(f"features are {features.dtype} and weights {weights.dtype}: cast one to the other")
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or None")
-    if implementation in (None, "pallas_triton"):
-        obstacle = pallas_triton.unsupported(features.dtype)
-        if implementation is None:
-            implementation = "xla" if obstacle else "pallas_triton"
-            _announce(implementation, obstacle)
-        elif obstacle:
-            raise NotImplementedError(f"pallas_triton does not run here: {obstacle}; implementation=None picks another")
+    if implementation is None:
+        implementation = _fastest(features.dtype)
+    elif implementation in _OBSTACLES and (obstacle := _OBSTACLES[implementation](features.dtype)):
+        raise NotImplementedError(f"{implementation} does not run here: {obstacle}; implementation=None picks another")
     return _IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed)
 
 
+def _fastest(dtype) -> str:
+    obstacles = []
+    for name, unsupported in _OBSTACLES.items():
+        if (obstacle := unsupported(dtype)) is None:
+            _announce(name, "the fastest on the default device")
+            return name
+        obstacles.append(f"{name} is not used: {obstacle}")
+    _announce("xla", "; ".join(obstacles))
+    return "xla"
+
+
 @functools.cache
-def _announce(implementation: str, obstacle: str | None) -> None:
+def _announce(implementation: str, reason: str) -> None:
     """Say once per process and reason which implementation was picked."""
-    reason = f"pallas_triton is not used: {obstacle}" if obstacle else "the fastest on the default device"
     logging.info("sparse_conv runs on %s: %s", implementation, reason)

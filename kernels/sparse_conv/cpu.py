@@ -1,0 +1,76 @@
+"""Sparse convolution on CPUs: custom calls compiled by numba (`cpu_kernels.py`), and their gradients.
+
+Reads the same pairs as `xla.py`. Each of the three products of a convolution and its gradients is one call, on as many
+threads as there are cores for every device of this process.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.sparse_conv.cpu_kernels import COLUMNS, CONVOLUTION, ROWS, WEIGHT_GRADIENT
+from kernels.sparse_conv.pallas_triton import _target
+
+
+def unsupported(dtype) -> str | None:
+    """Why features of this dtype cannot be convolved here; None if they can."""
+    if _target() != "cpu":
+        return f"it needs a CPU, and the default device is {_target()}"
+    if dtype != jnp.float32:
+        return f"it computes in float32, and the features are {jnp.dtype(dtype).name}"
+    return None
+
+
+def sparse_conv(features, weights, kernel_map, transposed):
+    """See `api.sparse_conv`."""
+    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
+    if transposed:
+        source, target, num_out = target, source, kernel_map.num_in
+    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
+    return _conv(num_out, features, weights, pairs)
+
+
+def _threads() -> int:
+    return max(1, (os.cpu_count() or 1) // jax.local_device_count())
+
+
+def _multiply(num_out, features, weights, pairs):
+    volume, depth, width = weights.shape
+    panels = jnp.pad(weights, ((0, 0), (0, 0), (0, -width % COLUMNS)))
+    panels = panels.reshape(volume, depth, -1, COLUMNS).swapaxes(1, 2)
+    out = jax.ShapeDtypeStruct((num_out, panels.shape[1] * COLUMNS), jnp.float32)
+    target = pairs[1]
+    lowest, highest = target.min(1), jnp.where(target < num_out, target, -1).max(1)  # once for all layers of a map
+    threads = _threads()
+    chunks = np.int64(4 * threads if threads > 1 else 1)
+    return jax.ffi.ffi_call(CONVOLUTION, out)(features, panels, *pairs, lowest, highest, chunks=chunks)[:, :width]
+
+
+def _weight_gradient(features, grad_out, pairs, volume):
+    depth, width = features.shape[1], grad_out.shape[1]
+    out = jax.ShapeDtypeStruct((volume, depth + -depth % ROWS, width + -width % COLUMNS), jnp.float32)
+    chunks = np.int64(volume if _threads() > 1 else 1)
+    grad = jax.ffi.ffi_call(WEIGHT_GRADIENT, out)(features, grad_out, *pairs, chunks=chunks)
+    return grad[:, :depth, :width]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(num_out, features, weights, pairs):
+    return _multiply(num_out, features, weights, pairs)
+
+
+def _conv_forward(num_out, features, weights, pairs):
+    return _conv(num_out, features, weights, pairs), (features, weights, pairs)
+
+
+def _conv_backward(num_out, residuals, grad_out):
+    features, weights, pairs = residuals
+    source, target, *tiles = pairs
+    grad_in = _multiply(features.shape[0], grad_out, weights.swapaxes(1, 2), (target, source, *tiles))
+    return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0]), None
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
