@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import re
+import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -332,7 +335,7 @@ def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype)
         assert not any(b"atomic" in call["ir"].value_bytes for call in calls), shape
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32", "tensorfloat32"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", reason="the triton wheel compiles kernels without a GPU")
@@ -388,6 +391,19 @@ def on_a_gpu(test):
 @pytest.mark.parametrize("name", [*AWKWARD, *NETWORK])
 def test_a_gpu_computes_what_the_reference_defines(name, dtype):
     check_against_reference((AWKWARD | NETWORK)[name], dtype)
+
+
+@on_a_gpu
+def test_compute_sanitizer_finds_no_access_out_of_bounds():
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer of the CUDA toolkit is not installed")
+    cases = f"{__file__}::{test_a_gpu_computes_what_the_reference_defines.__name__}"
+    pytest_of_some = [sys.executable, "-m", "pytest", "-q", cases, "-k", "bfloat16 and (odd or transposed or 5^3)"]
+    command = [sanitizer, "--tool=memcheck", "--target-processes=all", "--error-exitcode=99", *pytest_of_some]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}  # arrays apart, so that bounds are theirs
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, (done.stdout + done.stderr)[-5000:]
 
 
 @on_a_gpu
