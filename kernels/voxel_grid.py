@@ -374,13 +374,7 @@ def kernel_map(
 # Rows of each level per row of the bucket, by spread. One tuple for all would hold rows that closed surfaces never use,
 # or move points that lie apart up to larger buckets, a third of them padding. Most measured over augmented views:
 _ROW_RATIOS = (
-    (
-        1.0,
-        0.40,
-        0.13,
-        0.05,
-        0.025,
-    ),  # furnished rooms at 11 cm (.30, .08, .02, .01), ScanNet's vertices at 5 cm (.36, .10)
+    (1.0, 0.40, 0.13, 0.05, 0.025),  # furnished rooms at 11 cm (.30, .08), ScanNet's vertices at 5 cm (.36, .10)
     (1.0, 0.86, 0.42, 0.14, 0.05),  # ScanNet's vertices at 2 cm (.84, .38, .11, .03)
     (1.0, 0.86, 0.60, 0.38, 0.22),  # a nuScenes sweep at 5 cm (.78, .54, .35, .20)
 )
