@@ -8,6 +8,7 @@ decoding, augmentation, voxels, kernel maps, padding, and the way from the worke
 """
 
 import argparse
+import math
 import os
 import runpy
 import time
@@ -44,7 +45,7 @@ class Rooms:
 def room(seed: int, voxels: int, voxel_size: float, feature_points: int) -> Scene:
     """A square floor and four walls, a point in each cell of a grid on them."""
     rng = np.random.default_rng(seed)
-    area = voxels * voxel_size**2
+    area = 1.1 * voxels * voxel_size**2  # turned and scaled at random, such a grid of points fills 0.91 of its cells
     side = np.sqrt(4 * HEIGHT**2 + area) - 2 * HEIGHT  # side^2 + 4 side HEIGHT = area
     across, up = np.arange(0, side, voxel_size), np.arange(0, HEIGHT, voxel_size)
     floor = np.stack([*np.meshgrid(across, across), np.zeros((len(across), len(across)))], axis=-1).reshape(-1, 3)
@@ -94,10 +95,19 @@ def main() -> None:
     source = Rooms(options.batch_size, options.voxels, config.data.voxel_size, config.data.chunk_points)
     print(f"{os.cpu_count()} cores, {options.batch_size} scenes per step, at most {options.rate:g} steps/s\n")
     print("| workers | steps/s | time spent waiting | voxels per step |\n| --- | --- | --- | --- |")
+    per_core = []
     for workers in options.workers:
         config.data.workers = workers
         rate, waited, voxels = measure(source, config, options.rate, options.seconds)
         print(f"| {workers or 'threads'} | {rate:.2f} | {waited:.0%} | {voxels:,.0f} |", flush=True)
+        if workers:
+            per_core.append(rate / min(workers, os.cpu_count()))
+    if per_core:
+        needed = math.ceil(options.rate / max(per_core))
+        print(
+            f"\nExtrapolated: a worker with a core of its own makes {max(per_core):.2f} steps/s, so {options.rate:g} "
+            f"would take {needed} of them, if reading and memory keep up."
+        )
 
 
 if __name__ == "__main__":

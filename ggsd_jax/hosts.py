@@ -17,7 +17,10 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # the key-value store of the coordination service has no public name
+
+# The key-value store of the coordination service has no public name. What has (jax.experimental.multihost_utils) sends
+# values between devices: gloo ends such a wait after half a minute, and another process may prepare data for hours.
+from jax._src import distributed
 
 LOST_AFTER = 60  # seconds without a sign of life, then a process counts as dead and JAX ends the others
 

@@ -213,9 +213,9 @@ class Model:
         """Scene, voxel rows and their features [v, C], until every voxel of every scene was given once."""
         model = network(self.variables, self.info["arch"])
         parts = [(i, tile) for i, c in enumerate(coords) for tile in tiles(c, self.max_voxels, self.halo)]
-        # Largest first: all batches then share its bucket, and one compiled program.
+        # Largest first: all batches then share its shapes, and one compiled program.
         parts.sort(key=lambda part: -len(part[1].rows))
-        bucket = None
+        shapes: dict[str, int] = {}
         while parts:
             room, batch = self.max_voxels, []
             while parts and len(parts[0][1].rows) <= room and len(batch) < BATCH_LIMIT:
@@ -223,10 +223,10 @@ class Model:
                 room -= len(batch[-1][1].rows)
             stacked = np.concatenate([_in_batch(coords[i][tile.rows], k) for k, (i, tile) in enumerate(batch)])
             try:
-                pyramid = build_pyramid(stacked, bucket=bucket)
+                pyramid = build_pyramid(stacked, **shapes)
             except CapacityError:
                 pyramid = build_pyramid(stacked)
-            bucket = pyramid.bucket
+            shapes = {"bucket": pyramid.bucket, "spread": pyramid.spread}
             inputs = np.concatenate([feats[i][tile.rows] for i, tile in batch])
             features = _forward(model, self.variables, inputs, pyramid)
             for i, tile in batch:

@@ -50,8 +50,8 @@ class SceneSource(Protocol):
 class Batch:
     """Several scenes as one padded cloud; with a leading axis [R] on every array for R replicas.
 
-    All shapes depend on the bucket and the config alone. Leaves are NumPy arrays on the host, jax arrays in a
-    step.
+    All shapes depend on the pyramid's bucket and spread and on the config alone. Leaves are NumPy arrays on the
+    host, jax arrays in a step.
     """
 
     pyramid: Pyramid
@@ -183,19 +183,20 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
         target_index=np.concatenate(target_index),
         num_superpoints=num_superpoints,
     )
-    return pad_batch(batch, bucket, target_capacity(bucket, len(scenes), config.data.chunk_points))
+    return pad_batch(batch, bucket, pyramid.spread, target_capacity(bucket, len(scenes), config.data.chunk_points))
 
 
-def pad_batch(batch: Batch, bucket: int, num_targets: int) -> Batch:
-    """The same batch with the capacities of a bucket at least as large."""
+def pad_batch(batch: Batch, bucket: int, spread: int, num_targets: int) -> Batch:
+    """The same batch with the capacities of a bucket and a spread (`Pyramid.spread`) at least as large."""
 
     def pad(rows: np.ndarray, capacity: int, value: int) -> np.ndarray:
         padded = np.full((capacity, *rows.shape[1:]), value, rows.dtype)
         padded[: len(rows)] = rows
         return padded
 
+    same = (bucket, spread) == (batch.pyramid.bucket, batch.pyramid.spread)
     return Batch(
-        pyramid=batch.pyramid if bucket == batch.pyramid.bucket else repad(batch.pyramid, bucket),
+        pyramid=batch.pyramid if same else repad(batch.pyramid, bucket, spread),
         feats=pad(batch.feats, bucket, 0),
         superpoints=pad(batch.superpoints, bucket, -1),
         targets=pad(batch.targets, num_targets, 0),
@@ -294,25 +295,27 @@ def train_iterator(
 def on_devices(batches: Iterator[Batch], config: ml_collections.ConfigDict, num_replicas: int) -> Iterator[Batch]:
     """The batches of `train_iterator` on the local devices (axis "data"), sent there while the ones before compute.
 
-    All processes pad to the largest of their buckets, so that they run the same program.
+    All processes pad to the largest of their buckets and spreads, so that they run the same program.
     """
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     ahead = collections.deque()
     for batch in batches:
-        bucket = max(hosts.gather(batch.bucket))
-        if bucket > batch.bucket:
+        mine = [batch.bucket, batch.pyramid.spread]
+        bucket, spread = map(max, zip(*hosts.gather(mine), strict=True))
+        if [bucket, spread] != mine:
             parts = [jax.tree.map(operator.itemgetter(i), batch) for i in range(len(batch.feats))]
-            batch = _stacked(parts, bucket, config.batch_size // num_replicas, config.data.chunk_points)
+            batch = _stacked(parts, bucket, spread, config.batch_size // num_replicas, config.data.chunk_points)
         ahead.append(jax.device_put(batch, sharding))
         if len(ahead) > 1:
             yield ahead.popleft()
 
 
-def _stacked(replicas: list[Batch], bucket: int, scenes: int, chunk_points: int) -> Batch:
+def _stacked(replicas: list[Batch], bucket: int, spread: int, scenes: int, chunk_points: int) -> Batch:
     """The batches of several replicas, of so many scenes each, as one with a leading replica axis."""
     num_targets = target_capacity(bucket, scenes, chunk_points)
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *[pad_batch(r, bucket, num_targets) for r in replicas])
+    alike = [pad_batch(replica, bucket, spread, num_targets) for replica in replicas]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
 
 
 class _GlobalBatch:
@@ -336,7 +339,8 @@ class _GlobalBatch:
             voxels = [v._replace(coords=v.coords + shift) for v in voxels]
             replicas.append(self._fit(scenes, voxels, [c + shift for c in centres]))
         bucket = max(replica.bucket for replica in replicas)
-        return _stacked(replicas, bucket, share, self.config.data.chunk_points)
+        spread = max(replica.pyramid.spread for replica in replicas)
+        return _stacked(replicas, bucket, spread, share, self.config.data.chunk_points)
 
     def _visit(self, visit: int, seed: int) -> tuple[Scene, Voxels, np.ndarray]:
         """A scene with some of its features, its voxels as they are seen this time, and where to crop them."""

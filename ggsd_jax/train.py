@@ -117,7 +117,7 @@ def train_step(
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         features, updated = model.apply(variables, batch.feats, pyramid, train=True, mutable=["batch_stats"])
-        features = features.astype(jnp.float32)
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         terms = {
             "voxels": pyramid.num_voxels[0].astype(jnp.float32),
             "L_p": mean(point_distillation_loss(features[rows], targets, supervised)),
@@ -231,7 +231,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
         "trained_on": {"dataset": config.data.name, "teacher": config.teacher.name, "scenes": len(source)},
     }
 
-    compiled: set[tuple[int, int]] = set()
+    compiled: set[tuple[int, int, int]] = set()
     steps = {
         stage: jax.pmap(
             functools.partial(train_step, model=model, optimizer=optimizer, loss=config.loss, stage=stage),
@@ -253,9 +253,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
         waiting = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - waiting
-        if (stage, batch.bucket) not in compiled:
-            compiled.add((stage, batch.bucket))
-            logging.info("compiling the step of stage %d for up to %d voxels per device", stage, batch.bucket)
+        program = (stage, batch.bucket, batch.pyramid.spread)
+        if program not in compiled:
+            compiled.add(program)
+            logging.info("compiling the step of stage %d for up to %d voxels per device, spread %d", *program)
             steps[stage].lower(state, batch, class_text).compile()
             hosts.wait()  # gloo gives up on a process that is half a minute late for its first collective
         trace.before_step(state)

@@ -9,6 +9,7 @@ Conventions are MinkowskiEngine's: kernel offsets count x fastest; odd kernels a
 covers 0 and 1; strided coordinates are `floor(c / stride) * stride`, a true floor for negatives too.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
@@ -85,8 +86,14 @@ class Pyramid:
 
     @property
     def bucket(self) -> int:
-        """Row capacity of level 0, on which every shape of the pyramid depends."""
-        return self.coords[0].shape[0]
+        """Row capacity of level 0. With `spread` it determines every shape, also those behind an axis of replicas."""
+        return self.coords[0].shape[-2]
+
+    @property
+    def spread(self) -> int:
+        """Room on the coarse levels: 0 (closed surfaces) to 2 (points far apart), the fewest rows first."""
+        rows = [c.shape[-2] for c in self.coords]
+        return next(s for s in range(len(_ROW_RATIOS)) if _row_capacities(self.bucket, s, len(rows)) == rows)
 
     def mask(self, level: int) -> Bool[Any, " V"]:
         """True for the valid rows of a level."""
@@ -364,11 +371,14 @@ def kernel_map(
 
 # ---------------------------------------------------------------------------------------------------- pyramid
 
-# Rows of each level per row of the bucket. Measured: furnished rooms (1, .23, .05, .01, .003), ScanNet's vertices
-# at 5 cm (1, .37, .1, .02, .01) and at 2 cm (1, .81, .34, .09, .02), a nuScenes sweep at 5 cm (1, .77, .55, .34,
-# .19). An empty row of a coarse level costs less than one of level 0, but the sparsest clouds are rare: they move
-# up a bucket or two.
-_ROW_RATIO = (1.0, 0.65, 0.38, 0.22, 0.13)
+# Rows of each level per row of the bucket, by spread. One tuple for all would hold rows that closed surfaces never use,
+# or move points that lie apart up to larger buckets, a third of them padding. Most measured over augmented views:
+_ROW_RATIOS = (
+    (1.0, 0.40, 0.13, 0.05, 0.025),  # furnished rooms at 11 cm (.30, .08), ScanNet's vertices at 5 cm (.36, .10)
+    (1.0, 0.86, 0.42, 0.14, 0.05),  # ScanNet's vertices at 2 cm (.84, .38, .11, .03)
+    (1.0, 0.86, 0.60, 0.38, 0.22),  # a nuScenes sweep at 5 cm (.78, .54, .35, .20)
+)
+_WIDEST = len(_ROW_RATIOS) - 1
 # Pairs per row of the bucket, measured up to 16.6 and 58.4 on level 0. What is not used costs memory, not time.
 _PAIR_RATIO = (17.0, 8.0, 5.0, 3.0, 2.0)  # 3^3 on each level
 _STEM_PAIR_RATIO = 60.0  # 5^3
@@ -382,9 +392,15 @@ def next_bucket(n: int) -> int:
     return bucket
 
 
-def _pad(coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down: list[_Pairs], bucket: int) -> Pyramid:
-    """Valid rows of every level and pairs of every map, in the shapes of `bucket`."""
-    rows = [-(-int(ratio * bucket) // 128) * 128 for ratio in _ROW_RATIO[: len(coords)]]
+def _row_capacities(bucket: int, spread: int, levels: int) -> list[int]:
+    return [-(-int(ratio * bucket) // 128) * 128 for ratio in _ROW_RATIOS[spread][:levels]]
+
+
+def _pad(
+    coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down: list[_Pairs], bucket: int, spread: int
+) -> Pyramid:
+    """Valid rows of every level and pairs of every map, in the shapes of `bucket` and `spread`."""
+    rows = _row_capacities(bucket, spread, len(coords))
     for level, (valid, capacity) in enumerate(zip(coords, rows, strict=True)):
         if len(valid) > capacity:
             raise CapacityError(
@@ -413,13 +429,17 @@ def _pad(coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down
     )
 
 
-def build_pyramid(coords: Int32[np.ndarray, "N 4"], levels: int = 5, bucket: int | None = None) -> Pyramid:
-    """Levels and kernel maps of a U-Net on these voxels; every array shape depends on `bucket` alone.
+def build_pyramid(
+    coords: Int32[np.ndarray, "N 4"], levels: int = 5, bucket: int | None = None, spread: int = _WIDEST
+) -> Pyramid:
+    """Levels and kernel maps of a U-Net on these voxels; every array shape depends on `bucket` and `spread` alone.
 
     Args:
         coords: distinct (batch, x, y, z) rows, which keep their order on level 0.
         levels: 1 to 5.
-        bucket: row capacity of level 0, a multiple of 128; None takes the smallest bucket in which all fits.
+        bucket: row capacity of level 0, a multiple of 128; None takes the smallest in which all fits, and its smallest
+            spread.
+        spread: of a given bucket, see `Pyramid.spread`.
     Raises:
         CapacityError: the cloud does not fit the given bucket.
         ValueError: coords empty, repeated or out of range.
@@ -433,20 +453,20 @@ def build_pyramid(coords: Int32[np.ndarray, "N 4"], levels: int = 5, bucket: int
         submanifold.append(_neighbours(level, 3))
         down.append(pairs)
     if bucket is not None:
-        return _pad(level_coords, stem, submanifold, down, bucket)
+        return _pad(level_coords, stem, submanifold, down, bucket, spread)
     bucket = next_bucket(len(coords))
     while True:
-        try:
-            return _pad(level_coords, stem, submanifold, down, bucket)
-        except CapacityError:
-            bucket = next_bucket(bucket + 1)
+        for spread in range(len(_ROW_RATIOS)):
+            with contextlib.suppress(CapacityError):
+                return _pad(level_coords, stem, submanifold, down, bucket, spread)
+        bucket = next_bucket(bucket + 1)
 
 
-def repad(pyramid: Pyramid, bucket: int) -> Pyramid:
-    """The same pyramid in the shapes of another bucket; its kernel maps are copied, not computed again.
+def repad(pyramid: Pyramid, bucket: int, spread: int = _WIDEST) -> Pyramid:
+    """The same pyramid in other shapes; its kernel maps are copied, not computed again.
 
     Raises:
-        CapacityError: the cloud does not fit that bucket.
+        CapacityError: the cloud does not fit them.
     """
     return _pad(
         [c[:n] for c, n in zip(pyramid.coords, pyramid.num_voxels, strict=True)],
@@ -454,4 +474,5 @@ def repad(pyramid: Pyramid, bucket: int) -> Pyramid:
         [_stored(pairs) for pairs in pyramid.submanifold],
         [_stored(pairs) for pairs in pyramid.down],
         bucket,
+        spread,
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.scene import Scene
+from data.scene import Scene, read_ply
 from ggsd_jax import hosts
 from ggsd_jax.input_pipeline import (
     _MAX_SHIFT,
@@ -242,14 +242,15 @@ def test_a_batch_holds_each_scene_with_its_features_superpoints_and_nothing_else
     assert (np.diff(padding.astype(int)) >= 0).all() and not batch.targets[padding].any()
 
 
-def test_shapes_depend_on_the_bucket_alone():
+def test_shapes_depend_on_bucket_and_spread_alone():
     config = make_config(**{"data.chunk_points": 500})
     shapes = {}
     for seed, size in itertools.product(range(3), (400, 900, 1500)):
         scene = box_scene(seed, num_points=size, num_features=100 + seed)
         batch = make_batch([scene], [untouched(scene, 0.02)], config)
         assert len(batch.targets) == target_capacity(batch.bucket, 1, 500) == 512
-        shapes.setdefault(batch.bucket, set()).add(str(jax.tree.map(np.shape, batch)))
+        key = batch.bucket, batch.pyramid.spread
+        shapes.setdefault(key, set()).add(str(jax.tree.map(np.shape, batch)))
     assert all(len(s) == 1 for s in shapes.values()), shapes
 
 
@@ -346,7 +347,7 @@ def test_replicas_share_the_global_batch_evenly_in_one_bucket():
                 n = parts.pyramid.num_voxels[r, 0]
                 assert_same(
                     jax.tree.map(lambda x, r=r: x[r], parts.pyramid),
-                    build_pyramid(parts.pyramid.coords[0][r][:n], bucket=parts.bucket),
+                    build_pyramid(parts.pyramid.coords[0][r][:n], bucket=parts.bucket, spread=parts.pyramid.spread),
                 )
     with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 devices"):
         train_iterator(source, config, num_replicas=3)
@@ -367,16 +368,56 @@ def test_a_process_makes_its_part_of_the_global_batch_and_reads_no_other_scene()
     assert_same(part, jax.tree.map(lambda x: x[2:], whole))
 
 
-def test_processes_pad_to_the_largest_of_their_buckets(monkeypatch):
+@pytest.mark.parametrize("more", [(1, 0), (0, 1), (1, -1)])
+def test_processes_pad_to_the_largest_of_their_buckets_and_spreads(monkeypatch, more):
     config = make_config()
     batches = take(3, Scenes(4), config, num_replicas=4)
-    larger = next_bucket(batches[0].bucket + 1)
-    monkeypatch.setattr(hosts, "gather", lambda bucket: [bucket, larger])
+    bucket, spread = batches[0].bucket, batches[0].pyramid.spread
+    theirs = [next_bucket(bucket + more[0]), spread + more[1]]
+    larger, wider = theirs[0], max(spread, theirs[1])
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, theirs])
     sent = next(on_devices(iter(batches), config, 4))
+    assert (sent.bucket, sent.pyramid.spread) == (larger, wider)
     assert len(sent.feats.sharding.device_set) == 4
     for i in range(4):
         small, large = (jax.tree.map(lambda x, i=i: np.asarray(x)[i], batch) for batch in (batches[0], sent))
-        assert_same(large, pad_batch(small, larger, target_capacity(larger, 1, 500)))
+        assert_same(large, pad_batch(small, larger, wider, target_capacity(larger, 1, 500)))
+
+
+class RealScenes(Scenes):
+    """Clouds without features, each a scene."""
+
+    def __init__(self, clouds: list[np.ndarray]):
+        super().__init__(len(clouds), chunks=1)
+        self.clouds = clouds
+
+    def __getitem__(self, record: int) -> Scene:
+        points = self.clouds[record].astype(np.float32)
+        nothing = np.zeros((0, CHANNELS), np.float16), np.zeros(0, np.int32)
+        cells = (points / 0.5).astype(np.int64) @ [1, 10**4, 10**8]
+        superpoints = np.unique(cells, return_inverse=True)[1].astype(np.int32)
+        return Scene(f"scene{record}", points, None, None, None, superpoints, *nothing)
+
+
+@pytest.mark.parametrize(
+    "name, voxel_size, scenes", [("scannet", 0.02, 8), ("scannet", 0.05, 8), ("nuscenes", 0.05, 16)]
+)
+def test_batches_of_real_scenes_are_padded_by_less_than_15_percent(shared, name, voxel_size, scenes):
+    """Level 0, on average over the sizes that batches of 1 scene to `scenes` have on one device."""
+    if name == "scannet":
+        clouds = [read_ply(path).points for path in sorted((shared / "data/scannet").rglob("*_vh_clean_2.ply"))]
+    else:
+        frames = sorted((shared / "data/nuscenes/lidarseg_scene").glob("*/points.bin"))
+        clouds = [np.fromfile(path, np.float32).reshape(-1, 5)[:, :3] for path in frames]
+    rows = valid = 0
+    for size in range(1, scenes + 1):
+        config = make_config(
+            batch_size=size, **{"data.voxel_size": voxel_size, "data.loop": 16, "data.max_voxels": 2_000_000}
+        )
+        for batch in take(1, RealScenes(clouds), config):
+            rows += batch.bucket / size
+            valid += batch.pyramid.num_voxels[0, 0] / size
+    assert 1 - valid / rows < 0.15
 
 
 def test_changed_colours_keep_their_shape_and_vary_between_visits_but_not_between_runs():

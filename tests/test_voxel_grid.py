@@ -223,16 +223,31 @@ def test_every_level_of_a_pyramid_has_the_maps_of_its_voxels(seed):
             assert rows(pairs(pyramid.down[level])) == rows(pairs(m))
 
 
-def test_shapes_depend_on_the_bucket_alone():
+@pytest.mark.parametrize("spread", [0, 1, 2])
+def test_shapes_depend_on_bucket_and_spread_alone(spread):
     def shapes(pyramid):
         return jax.tree.map(np.shape, pyramid)
 
     bucket = next_bucket(4000)
-    clouds = [surface(3000), surface(4000, 1), cloud(2), np.zeros((1, 4), np.int32)]
-    pyramids = [build_pyramid(c, bucket=bucket) for c in clouds]
+    clouds = [surface(3000), surface(3400, 1), surface(2), np.zeros((1, 4), np.int32)]
+    pyramids = [build_pyramid(c, bucket=bucket, spread=spread) for c in clouds]
     assert all(shapes(p) == shapes(pyramids[0]) for p in pyramids)
-    assert all(p.bucket == bucket for p in pyramids)
-    assert shapes(repad(build_pyramid(clouds[2]), bucket)) == shapes(pyramids[0])
+    assert all((p.bucket, p.spread) == (bucket, spread) for p in pyramids)
+    assert shapes(repad(build_pyramid(clouds[2]), bucket, spread)) == shapes(pyramids[0])
+    replicas = jax.tree.map(lambda *leaves: np.stack(leaves), *pyramids)
+    assert (replicas.bucket, replicas.spread) == (bucket, spread)
+
+
+def test_sparser_clouds_get_more_coarse_rows_before_they_get_a_larger_bucket():
+    def far_apart(n):  # no two in one voxel of level 2
+        return surface(n) * np.array([1, 4, 4, 4], np.int32)
+
+    pyramid = build_pyramid(far_apart(2000))
+    assert pyramid.spread == 2 and pyramid.num_voxels[2] == 2000 and pyramid.bucket > 2000 / 0.6
+    closed = AWKWARD["every neighbour"]._replace(voxels=2000).coords()
+    mixed = np.concatenate([closed[:1400], far_apart(600) + np.array([0, 10_000, 0, 0], np.int32)])
+    shapes = [(p.bucket, p.spread) for p in map(build_pyramid, (closed, mixed))]
+    assert shapes == [(2048, 0), (2048, 1)]
 
 
 @pytest.mark.parametrize("n", [1, 700, 7000])

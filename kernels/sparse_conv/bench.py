@@ -2,6 +2,7 @@
 
   python -m kernels.sparse_conv.bench
   python -m kernels.sparse_conv.bench --voxels 20000 100000 --channels 32 96 256 --dtype bfloat16
+  python -m kernels.sparse_conv.bench --tune          # times block sizes on this GPU and writes tuning.json
 
 Best is the roofline: the larger of useful operations / peak arithmetic and necessary bytes / peak bandwidth, both peaks
 measured on the spot by a dense product and by a copy. The voxels lie on surfaces, about 9 of 27 neighbours occupied.
@@ -9,18 +10,26 @@ measured on the spot by a dense product and by a copy. The voxels lie on surface
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
+from tqdm import tqdm
 
 from kernels import voxel_grid
+from kernels.sparse_conv import pallas_triton, tuning
 from kernels.sparse_conv.api import sparse_conv
 from kernels.sparse_conv.shapes import Problem
+from kernels.sparse_conv.tuning import Blocks, Entry, Key
 from kernels.voxel_grid import KernelMap
+
+TUNED_DTYPES = ("bfloat16", "tensorfloat32", "float32")  # float16 has the blocks of bfloat16
+_LEVELS = (300_000, 240_000, 100_000, 27_000, 6_000)  # voxels to tune at; their ratios are those of ScanNet at 2 cm
+_CALLS = 8  # in one program, on one map: a network makes the row tiles of a map once, so they must not weigh much
 
 
 class Peaks(NamedTuple):
@@ -122,6 +131,120 @@ def time_convolution(
     )
 
 
+def network_problems(planes: tuple[int, ...] = (32, 64, 128, 256, 128, 128, 96, 96)) -> list[Problem]:
+    """The sparse convolutions of a MinkUNet with two blocks per stage (MinkUNet18A), on `_LEVELS` voxels."""
+    found, skips = [Problem(_LEVELS[0], 5, 3, 32)], [32]
+    for level, width in enumerate(planes[:4], start=1):
+        down, below = skips[-1], _LEVELS[level]
+        found.append(Problem(_LEVELS[level - 1], 2, down, down))
+        found += [Problem(below, 3, down, width), Problem(below, 3, width, width)]
+        skips.append(width)
+    channels = skips.pop()
+    for level, width in zip((3, 2, 1, 0), planes[4:], strict=True):
+        rows = _LEVELS[level]
+        found.append(Problem(rows, 2, channels, width, transposed=True))
+        found += [Problem(rows, 3, width + skips.pop(), width), Problem(rows, 3, width, width)]
+        channels = width
+    return found
+
+
+def tuning_keys(problems: Iterable[Problem], dtype: str, arch: str) -> dict[Key, Problem]:
+    """What to tune for these convolutions: each kernel of each, on the largest problem that asks for it."""
+    found: dict[Key, Problem] = {}
+    for problem in sorted(problems, key=lambda problem: problem.voxels):
+        channels, size = (problem.in_channels, problem.out_channels), problem.kernel_size
+        found[Key("conv", *channels, size, dtype, arch)] = problem
+        found[Key("weight_gradient", *channels, size, dtype, arch)] = problem
+        if size != 5:  # the stem reads the input, which has no gradient
+            exchanged = problem._replace(in_channels=channels[1], out_channels=channels[0])
+            backward = exchanged._replace(transposed=size == 2 and not problem.transposed)
+            found[Key("conv", *channels[::-1], size, dtype, arch)] = backward
+    return found
+
+
+class KernelTimer:
+    """Seconds of one call of a kernel on the default device, by the blocks it is cut into."""
+
+    def __init__(self, key: Key, problem: Problem):
+        self.key, self.problem = key, problem
+        kernel_map, _ = voxel_grid.kernel_map(problem.coords(), kernel_size=problem.kernel_size, stride=problem.stride)
+        rows_in, rows_out = kernel_map.num_in, kernel_map.num_out
+        if problem.transposed:
+            rows_in, rows_out = rows_out, rows_in
+        self.dtype = "float32" if key.dtype == "tensorfloat32" else key.dtype
+        self.kernel_map = jax.device_put(kernel_map)
+        rng = np.random.default_rng(0)
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+
+        self.weights = normal(kernel_map.kernel_volume, problem.in_channels, problem.out_channels)
+        self.inputs = [normal(rows_in, problem.in_channels) for _ in range(_CALLS)]
+        self.direction = normal(rows_out, problem.out_channels)
+
+    def __call__(self, blocks: Blocks) -> float:
+        """Raises JaxRuntimeError where they do not compile, or need more than a processor has."""
+
+        def one(x, weights, kernel_map, direction):
+            def conv(weights):
+                return sparse_conv(
+                    x, weights, kernel_map, transposed=self.problem.transposed, implementation="pallas_triton"
+                )
+
+            if self.key.kernel == "conv":
+                return conv(weights)
+            return jax.vjp(conv, weights)[1](direction)
+
+        def many(inputs, *others):
+            return [one(x, *others) for x in inputs]
+
+        precision = "tensorfloat32" if self.key.dtype == "tensorfloat32" else None
+        with tuning.trying(self.key.kernel, blocks), jax.default_matmul_precision(precision):
+            seconds = timed(
+                jax.jit(many), self.inputs, self.weights, self.kernel_map, self.direction, seconds=0.1, at_least=3
+            )
+        return seconds / _CALLS
+
+
+def tune(
+    problems: dict[Key, Problem],
+    device: str,
+    timer: Callable[[Key, Problem], Callable[[Blocks], float]] = KernelTimer,
+    path: Path = tuning.TABLE,
+) -> None:
+    """Time the candidates of every key and write the fastest into the table, after each key.
+
+    What `device` has measured before is kept, so that a tuning that was stopped goes on; and so are all other entries.
+
+    Args:
+        problems: what to time each kernel on.
+        device: name and software, as the entries shall say.
+        timer: makes, for a key, the function from blocks to seconds.
+        path: the table.
+    Raises:
+        RuntimeError: no candidate of a key runs; says why the last one did not.
+    """
+    table = tuning.load(path)
+    missing = [key for key in problems if key not in table or table[key].device != device]
+    print(f"{device}: {len(missing)} of {len(problems)} kernels to tune; the rest is in {path.name}", flush=True)
+    with tqdm(total=sum(len(tuning.candidates(key)) for key in missing), unit="candidate", dynamic_ncols=True) as bar:
+        for key in missing:
+            bar.set_description(f"{key.kernel} {key.kernel_size}^3 {key.in_channels}->{key.out_channels} {key.dtype}")
+            seconds_of, times, failure = timer(key, problems[key]), {}, None
+            for blocks in tuning.candidates(key):
+                try:
+                    times[blocks] = seconds_of(blocks)
+                except jax.errors.JaxRuntimeError as error:  # more registers or shared memory than there are
+                    failure = error
+                bar.update()
+            if not times:
+                raise RuntimeError(f"no candidate for {key} runs on {device}") from failure
+            best = min(times, key=times.__getitem__)
+            table[key] = Entry(best, round(1e6 * times[best], 2), device)
+            tuning.save(table, path)
+            bar.write(f"{key}: {best}, {1e6 * times[best]:.1f} us, {len(times)} candidates ran")
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +252,25 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 96, 256])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--implementation", default=None, help="reference, xla, ...; the fastest by default")
+    parser.add_argument(
+        "--tune",
+        nargs="*",
+        choices=TUNED_DTYPES,
+        metavar="DTYPE",
+        help=f"time block sizes instead, for operands of these types (default: {', '.join(TUNED_DTYPES)}), and write "
+        "them to kernels/sparse_conv/tuning.json; hours; started again it goes on where it was stopped",
+    )
     options = parser.parse_args()
+    if options.tune is not None:
+        obstacle = pallas_triton.unsupported("bfloat16")
+        if obstacle:
+            raise SystemExit(f"--tune times the Triton kernels, which do not run here: {obstacle}")
+        arch, device = pallas_triton.default_target(), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        problems: dict[Key, Problem] = {}
+        for dtype in options.tune or TUNED_DTYPES:
+            problems |= tuning_keys(network_problems(), dtype, arch)
+        tune(problems, device)
+        return
     peaks = measure_peaks(options.dtype)
     print(f"{jax.devices()[0].device_kind}: {peaks.operations / 1e9:.0f} GFLOP/s, {peaks.bytes / 1e9:.1f} GB/s")
     print(f"{'':44}{'forward':>10}{'roofline':>10}{'training':>11}{'roofline':>10}  (milliseconds)")

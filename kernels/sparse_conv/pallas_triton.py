@@ -67,7 +67,7 @@ def targeting(target: str):
         _forced_target = before
 
 
-def _target() -> str:
+def default_target() -> str:
     """The architecture kernels are traced for, "sm_90" say; else the name of a device that is not NVIDIA's."""
     if _forced_target:
         return _forced_target
@@ -80,7 +80,7 @@ def _target() -> str:
 
 def unsupported(dtype) -> str | None:
     """Why features of this dtype cannot be convolved here; None if they can."""
-    target = _target()
+    target = default_target()
     if target != INTERPRET and not (target.startswith("sm_") and int(target[3:]) >= 80):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or above, and the default device is {target}"
     if jnp.dtype(dtype).name not in _DTYPES:
@@ -99,7 +99,7 @@ def sparse_conv(features, weights, kernel_map, transposed):
 
 def _plan(weights) -> _Plan:
     volume, channels_in, channels_out = weights.shape
-    dtype, arch = jnp.dtype(weights.dtype).name, _target()
+    dtype, arch = jnp.dtype(weights.dtype).name, default_target()
     tf32 = dtype == "float32" and jax.config.jax_default_matmul_precision == "tensorfloat32"
 
     def blocks(kernel: str, channels_in: int, channels_out: int) -> Blocks:

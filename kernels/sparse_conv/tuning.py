@@ -1,4 +1,7 @@
-"""Block sizes of the Triton kernels: a committed table, the nearest entry for what it lacks, candidates to measure."""
+"""Block sizes of the Triton kernels: a committed table, the nearest entry for what it lacks, candidates to measure.
+
+`python -m kernels.sparse_conv.bench --tune` measures on the GPU at hand and writes the table.
+"""
 
 import contextlib
 import functools
@@ -9,7 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_TABLE = Path(__file__).with_name("tuning.json")
+TABLE = Path(__file__).with_name("tuning.json")
+_ABOUT = (
+    "Written by python -m kernels.sparse_conv.bench --tune. Entries that name no device are defaults, never timed; "
+    "they compile to sm_80 and sm_90 without register spills (tests/test_pallas_triton.py)."
+)
 _MOST_SUMS = 128  # float32 sums per thread of a candidate; with 255 registers there is no room for many more
 
 
@@ -34,6 +41,14 @@ class Blocks(NamedTuple):
     stages: int  # depth of the software pipeline
 
 
+class Entry(NamedTuple):
+    """What the table says for a key."""
+
+    blocks: Blocks
+    microseconds: float | None = None  # of one call; None: never timed
+    device: str | None = None  # and software it was timed on
+
+
 _trial: dict[str, Blocks] = {}
 
 
@@ -56,7 +71,7 @@ def lookup(key: Key) -> Blocks:
         )
 
     table = _table()
-    return table[min((entry for entry in table if entry.kernel == key.kernel), key=distance)]
+    return table[min((entry for entry in table if entry.kernel == key.kernel), key=distance)].blocks
 
 
 def candidates(key: Key) -> list[Blocks]:
@@ -85,20 +100,25 @@ def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
         _trial.update(before)
 
 
-def save(about: str, table: dict[Key, Blocks], path: Path = _TABLE) -> None:
-    """Write a table; `about` says where its numbers come from."""
-    rows = ",\n".join(json.dumps(key._asdict() | blocks._asdict()) for key, blocks in sorted(table.items()))
+def save(table: dict[Key, Entry], path: Path = TABLE) -> None:
+    """Write a table, whole or not at all."""
+    rows = []
+    for key, entry in sorted(table.items()):
+        timing = {} if entry.device is None else {"microseconds": entry.microseconds, "device": entry.device}
+        rows.append(json.dumps(key._asdict() | entry.blocks._asdict() | timing))
+    text = ",\n".join(rows)
     partial = path.with_suffix(".partial")
-    partial.write_text(f'{{"about": {json.dumps(about)},\n"entries": [\n{rows}\n]}}\n')
+    partial.write_text(f'{{"about": {json.dumps(_ABOUT)},\n"entries": [\n{text}\n]}}\n')
     partial.replace(path)
 
 
-def load(path: Path = _TABLE) -> dict[Key, Blocks]:
+def load(path: Path = TABLE) -> dict[Key, Entry]:
     """The table that `save` wrote."""
-    entries = json.loads(path.read_text())["entries"]
     return {
-        Key(*(entry[field] for field in Key._fields)): Blocks(*(entry[field] for field in Blocks._fields))
-        for entry in entries
+        Key(*(row[field] for field in Key._fields)): Entry(
+            Blocks(*(row[field] for field in Blocks._fields)), row.get("microseconds"), row.get("device")
+        )
+        for row in json.loads(path.read_text())["entries"]
     }
 
 
