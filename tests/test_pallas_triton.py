@@ -21,8 +21,8 @@ from test_sparse_conv import assert_close, problem_data
 from ggsd_jax import inference
 from ggsd_jax.minkunet import MinkUNet, architecture
 from kernels.sparse_conv import api, pallas_triton, sparse_conv, tuning
-from kernels.sparse_conv.pallas_triton import INTERPRET, targeting
 from kernels.sparse_conv.shapes import AWKWARD, NETWORK
+from kernels.sparse_conv.target import INTERPRET, targeting
 from kernels.sparse_conv.tuning import Blocks
 from kernels.voxel_grid import KernelMap, build_pyramid, kernel_map
 

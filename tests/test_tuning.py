@@ -5,7 +5,7 @@ import pytest
 from test_pallas_triton import network_kernels
 
 from kernels.sparse_conv import bench, pallas_triton, tuning
-from kernels.sparse_conv.pallas_triton import INTERPRET, targeting
+from kernels.sparse_conv.target import INTERPRET, targeting
 from kernels.sparse_conv.tuning import Blocks, Entry, Key
 
 

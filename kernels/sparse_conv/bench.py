@@ -24,6 +24,7 @@ from kernels import voxel_grid
 from kernels.sparse_conv import pallas_triton, tuning
 from kernels.sparse_conv.api import sparse_conv
 from kernels.sparse_conv.shapes import Problem
+from kernels.sparse_conv.target import default_target
 from kernels.sparse_conv.tuning import Blocks, Entry, Key
 from kernels.voxel_grid import KernelMap
 
@@ -265,7 +266,7 @@ def main() -> None:
         obstacle = pallas_triton.unsupported("bfloat16")
         if obstacle:
             raise SystemExit(f"--tune times the Triton kernels, which do not run here: {obstacle}")
-        arch, device = pallas_triton.default_target(), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        arch, device = default_target(), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
         problems: dict[Key, Problem] = {}
         for dtype in options.tune or TUNED_DTYPES:
             problems |= tuning_keys(network_problems(), dtype, arch)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.sparse_conv.cpu_kernels import COLUMNS, CONVOLUTION, ROWS, WEIGHT_GRADIENT
-from kernels.sparse_conv.pallas_triton import _target
+from kernels.sparse_conv.target import default_target
 
 
 def unsupported(dtype) -> str | None:
     """Why features of this dtype cannot be convolved here; None if they can."""
-    if _target() != "cpu":
-        return f"it needs a CPU, and the default device is {_target()}"
+    if default_target() != "cpu":
+        return f"it needs a CPU, and the default device is {default_target()}"
     if dtype != jnp.float32:
         return f"it computes in float32, and the features are {jnp.dtype(dtype).name}"
     return None

@@ -11,9 +11,7 @@ The tiles are derived from the map's pairs on the device. All convolutions over 
 under jit the compiler computes them once.
 """
 
-import contextlib
 import functools
-import re
 from typing import NamedTuple
 
 import jax
@@ -23,15 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.sparse_conv import tuning
+from kernels.sparse_conv.target import INTERPRET, default_target
 from kernels.sparse_conv.tuning import Blocks
 
-INTERPRET = "interpret"
 _DTYPES = ("float32", "bfloat16", "float16")
 _MASK_BITS = 31  # of a sort key; larger kernels share bits
 _CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
 _WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
-
-_forced_target: str | None = None
 
 
 class _Plan(NamedTuple):
@@ -51,31 +47,6 @@ class _RowTiles(NamedTuple):
     offset: jax.Array  # int32 [T, K]: those offsets; what follows is not read
     index: jax.Array  # int32 [T, K, R]: input row under the j-th offset of the tile, num_in for none
     order: jax.Array  # int32 [T * R]: output row, num_out past the end
-
-
-@contextlib.contextmanager
-def targeting(target: str):
-    """Trace kernels for `target` whatever the device: "sm_80", "sm_90", or `INTERPRET` to run them without a GPU.
-
-    A jitted function keeps the kernels it was first traced with.
-    """
-    global _forced_target
-    before, _forced_target = _forced_target, target
-    try:
-        yield
-    finally:
-        _forced_target = before
-
-
-def default_target() -> str:
-    """The architecture kernels are traced for, "sm_90" say; else the name of a device that is not NVIDIA's."""
-    if _forced_target:
-        return _forced_target
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    return f"sm_{capability.replace('.', '')}" if re.fullmatch(r"\d+\.\d", capability) else device.device_kind
 
 
 def unsupported(dtype) -> str | None:
