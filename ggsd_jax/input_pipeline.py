@@ -184,7 +184,7 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
     Raises:
         ValueError: supervised training meets a scene without labels.
     """
-    supervised = config.get("mode") == "supervised"
+    supervised = config.mode == "supervised"
     sizes = [len(v.coords) for v in voxels]
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
     coords = [np.pad(v.coords, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(voxels)]
@@ -382,7 +382,7 @@ class _GlobalBatch:
         num_scenes = len(self.source) // self.source.chunks
         chunk = rng.integers(self.source.chunks)
         scene = self.source[int(visit % num_scenes * self.source.chunks + chunk)]
-        if data.augment and self.config.get("mode") == "supervised":
+        if data.augment and self.config.mode == "supervised":
             scene = dataclasses.replace(scene, points=elastic(scene.points, rng))
         view = transformed_voxels(scene.points, data.voxel_size, random_transform(rng, flip=data.augment))
         centre = view.coords[rng.integers(len(view.coords))]

@@ -212,6 +212,13 @@ def test_learning_rates_are_those_openscene_really_used(shared):
     np.testing.assert_allclose([schedule(jnp.float32(i)) for i in range(len(golden))], golden, rtol=2e-5)
 
 
+def test_the_schedule_without_the_quirk_is_the_one_openscene_logs(shared):
+    golden = np.load(shared / "golden" / "extras_pipeline.npz")["poly_logged"]  # after each step, for the next
+    schedule = learning_rate_schedule(miniature(**{"optimizer.learning_rate": 1e-4}), len(golden))
+    rates = [schedule(jnp.float32(i + 1)) for i in range(len(golden))]
+    np.testing.assert_allclose(rates, golden, rtol=2e-5, atol=1e-12)
+
+
 def test_a_supervised_run_learns_from_labels_alone_and_scores_its_logits(finished, tmp_path):
     changes = {"mode": "supervised", "stage1_epochs": 10, "stage2_epochs": 0, "eval.repeats": 1, "eval.pictures": 1}
     config = miniature(**changes, **{"data.prepared": str(finished / "data"), "supervised.learning_rate": 0.1})
