@@ -1,7 +1,7 @@
 """Voxels, augmentation and batches, against OpenScene's loader and the laws a batch must keep."""
 
-import functools
 import dataclasses
+import functools
 import itertools
 
 import jax
