@@ -26,6 +26,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.mode = "ggsd"  # or "supervised": the same network trained with labels, logits in place of features
     config.batch_size = 8
     config.stage1_epochs = 70
     config.stage2_epochs = 30
@@ -98,7 +99,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.power = 0.9
     config.optimizer.openscene_lr_quirk = False
 
+    config.supervised = ml_collections.ConfigDict()  # SGD of OpenScene's mink.yaml
+    config.supervised.learning_rate = 0.01
+    config.supervised.momentum = 0.9
+    config.supervised.weight_decay = 1e-4
+
     config.eval = ml_collections.ConfigDict()
     config.eval.repeats = 5
+    config.eval.words = ""  # label set of the words points are compared with; empty: data.label_set
+    config.eval.fusion_by_voxel = True  # a point has the 2D feature of its voxel's first point, as in OpenScene
     config.eval.pictures = 2  # scenes to draw
     return config

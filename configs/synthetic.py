@@ -12,6 +12,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.mode = "ggsd"  # or "supervised": the same network trained with labels, logits in place of features
     config.batch_size = 2
     config.stage1_epochs = 14  # 70 : 30, as the paper
     config.stage2_epochs = 6
@@ -46,7 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
+    config.teacher.name = "simulated"
+    config.teacher.masks = ""  # folder of masks to average its features in, as SAM makes them
+    # the rates of its errors, as ggsd_jax/vision_language/simulated.py explains them
     config.teacher.fragment_mistakes = 0.1
     config.teacher.view_mistakes = 0.18
     config.teacher.temperature = 0.25
@@ -81,7 +84,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.power = 0.9
     config.optimizer.openscene_lr_quirk = False
 
+    config.supervised = ml_collections.ConfigDict()  # SGD of OpenScene's mink.yaml
+    config.supervised.learning_rate = 0.01
+    config.supervised.momentum = 0.9
+    config.supervised.weight_decay = 1e-4
+
     config.eval = ml_collections.ConfigDict()
     config.eval.repeats = 5
+    config.eval.words = ""  # label set of the words points are compared with; empty: data.label_set
+    config.eval.fusion_by_voxel = False  # a point has the 2D feature of its voxel's first point, as in OpenScene
     config.eval.pictures = 2  # scenes to draw
     return config

@@ -64,6 +64,8 @@ _NYU40 = LabelSet(
     """),
 )
 
+_NYU37 = LabelSet("nyu37", _NYU40.classes[:37], _NYU40.palette[:37])  # without the three catch-alls "other..."
+
 _SCANNET20_NYU40_IDS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39])
 
 NYU40_TO_SCANNET20 = np.full(41, IGNORE, np.int32)
@@ -176,6 +178,7 @@ LABEL_SETS: dict[str, LabelSet] = _LabelSets(
     (label_set.name, label_set)
     for label_set in (
         _NYU40,
+        _NYU37,
         _SCANNET20,
         _MATTERPORT21,
         *(LabelSet(f"matterport{k}", _MATTERPORT160[:k], _MATTERPORT160_PALETTE[:k]) for k in (40, 80, 160)),
@@ -185,3 +188,6 @@ LABEL_SETS: dict[str, LabelSet] = _LabelSets(
     )
 )
 """Label sets by name; an unknown name raises ValueError with the nearest known one."""
+
+CLASS_OF_WORD: dict[tuple[str, str], Int[np.ndarray, " W"]] = {("nuscenes43", "nuscenes16"): NUSCENES43_TO_NUSCENES16}
+"""By the names of a set of words and of a set of classes, the class that each word means."""

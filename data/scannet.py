@@ -31,7 +31,11 @@ DEPTH_TOLERANCE = 0.25  # relative, as OpenScene
 BORDER = 10  # pixels, as OpenScene
 STREAM_STEP = 20  # frames of a .sens stream from one view to the next, as OpenScene
 
-LABEL_TABLES = {"scannet20": NYU40_TO_SCANNET20, "nyu40": np.array([IGNORE, *range(40)], np.int32)}
+LABEL_TABLES = {
+    "scannet20": NYU40_TO_SCANNET20,
+    "nyu40": np.array([IGNORE, *range(40)], np.int32),
+    "nyu37": np.array([IGNORE, *range(37), *[IGNORE] * 3], np.int32),
+}
 """int32 [41] by label set: NYU40 id 0..40, 0 = not annotated, to the class of the set."""
 
 

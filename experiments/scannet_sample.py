@@ -41,8 +41,8 @@ OVERRIDES = {
 }
 
 
-def collect(samples: Path, root: Path) -> None:
-    """Lays the samples out as `configs/scannet.py` expects its data."""
+def collect(samples: Path, root: Path, class_of_nyu40: np.ndarray = NYU40_TO_SCANNET20) -> None:
+    """Lays the samples out as `configs/scannet.py` expects its data, labelled by a table of `data.scannet`."""
     (root / "scans").mkdir(parents=True, exist_ok=True)
     link = root / "scans" / "scene0000_00"
     if not link.exists():
@@ -53,7 +53,7 @@ def collect(samples: Path, root: Path) -> None:
         align = cloud["axis_align_matrix"].astype(np.float64)
         aligned = np.pad(cloud["xyz_aligned"].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
         points = (aligned @ np.linalg.inv(align).T)[:, :3].astype(np.float32)
-        labels = NYU40_TO_SCANNET20[cloud["nyu40"]]
+        labels = class_of_nyu40[cloud["nyu40"]].astype(np.int32)
         Scene(name=path.stem, points=points, colors=cloud["rgb"], labels=labels).save_npz(root / path.name)
         names.append(path.stem)
     for split in ("train", "val"):

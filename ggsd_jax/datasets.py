@@ -324,3 +324,23 @@ DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] =
     "openscene": openscene_scenes,
 }
 """By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""
+
+
+class RawScenes(Sequence):
+    """The scenes of one split of `config.data`, read when they are asked for: points, colours, labels.
+
+    Raises:
+        ValueError, FileNotFoundError, LeftOut: what the readers raise; ValueError also where there is no such split.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, split: str):
+        splits = DATASETS[config.data.name](config)
+        if split not in splits:
+            raise ValueError(f"data set {config.data.name!r} has no split {split!r}, only {sorted(splits)}")
+        self._readers = list(splits[split].values())
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __getitem__(self, index: int) -> Scene:
+        return self._readers[index]().scene

@@ -255,12 +255,15 @@ def load(path: str | Path) -> Model:
 
     Raises:
         FileNotFoundError: there is no model.
+        ValueError: the network was trained with labels: it knows no words.
     """
     path = Path(path)
     folder = path / "model" if (path / "model").is_dir() else path
     variables, info = checkpoint.load_model(folder)
+    if not info["text_encoder"]:
+        raise ValueError(f"{folder} was trained with labels (mode=supervised): it gives logits of classes, not words")
     own_encoder = folder / info["text_encoder"]  # an export brings its file of embeddings along
-    if info["text_encoder"] and own_encoder.is_file():
+    if own_encoder.is_file():
         info["text_encoder"] = str(own_encoder)
     return Model(variables, info)
 

@@ -8,7 +8,7 @@ The augmentations are those that reach OpenScene's network in distillation: a ra
 every cloud (also where `data.augment` is off, and in repeated evaluation), flips of the horizontal axes, and
 one shift of the voxel grid per batch; and, for a network that reads colours, changes of contrast, tint, hue and
 saturation and noise, which OpenScene's own networks (fed with ones) never see. Its elastic distortion is computed
-but never used there.
+but never used there; in supervised training it is.
 """
 
 import collections
@@ -22,9 +22,11 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float32, Float64, Int, UInt8
+from jaxtyping import Float32, Float64, Int, Int32, UInt8
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
+from scipy import ndimage
 
+from data.labels import IGNORE
 from data.scene import Scene
 from ggsd_jax import hosts
 from ggsd_jax.inference import input_features
@@ -59,6 +61,7 @@ class Batch:
     superpoints: Any  # int32 [V]: ids 0.. without gaps over the whole batch; -1 = in none, or padding
     targets: Any  # float16 [M, C]: fused 2D features
     target_index: Any  # int32 [M]: their voxel rows, ascending; -1 = padding, at the end
+    labels: Any  # int32 [V]: true classes, -1 = ignored, or padding; None where training has no use for them
     num_superpoints: int = dataclasses.field(metadata={"static": True})  # capacity: every id is below it
 
     @property
@@ -109,6 +112,25 @@ def random_colors(colors: UInt8[np.ndarray, "N 3"], rng: np.random.Generator) ->
     return np.round(hsv_to_rgb(hsv) * 255).astype(np.uint8)
 
 
+def elastic(points: Float32[np.ndarray, "N 3"], rng: np.random.Generator) -> Float32[np.ndarray, "N 3"]:
+    """The cloud bent smoothly at two scales in 95 of 100 cases, as OpenScene does before supervised training.
+
+    A grid of Gaussian noise, smoothed twice by a box of three cells along each axis, moves the points: by 0.4 m times
+    the noise on cells of 0.2 m, then by 1.6 m times that on cells of 0.8 m.
+    """
+    if rng.random() >= 0.95:
+        return points
+    for cell, magnitude in ((0.2, 0.4), (0.8, 1.6)):  # metres
+        low = points.min(axis=0)
+        noise = rng.standard_normal((3, *((points.max(axis=0) - low) // cell).astype(int) + 3), np.float32)
+        for axis in (1, 2, 3, 1, 2, 3):
+            noise = ndimage.uniform_filter1d(noise, 3, axis, mode="constant")
+        place = ((points - low) / cell + 1).T  # a cell of margin on either side
+        moved = [ndimage.map_coordinates(field, place, order=1, mode="nearest") for field in noise]
+        points = points + np.float32(magnitude) * np.stack(moved, axis=1)
+    return points
+
+
 def _rotation(axis: int, angle: float) -> np.ndarray:
     a, b = (axis + 1) % 3, (axis + 2) % 3
     matrix = np.eye(3)
@@ -155,9 +177,14 @@ def target_capacity(bucket: int, scenes: int, chunk_points: int) -> int:
 def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_collections.ConfigDict) -> Batch:
     """Concatenates voxelised scenes and pads them to the smallest bucket that holds them.
 
-    A voxel stands for its first point: it has that point's superpoint, colour and 2D feature, or none.
+    A voxel stands for its first point: it has that point's superpoint, colour and 2D feature, or none. In supervised
+    training it has the point's label, and no 2D feature.
     `inverse` of the voxels is not used, so rows may have been taken out of `coords` and `first`.
+
+    Raises:
+        ValueError: supervised training meets a scene without labels.
     """
+    supervised = config.mode == "supervised"
     sizes = [len(v.coords) for v in voxels]
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
     coords = [np.pad(v.coords, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(voxels)]
@@ -166,9 +193,10 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
     targets, target_index = [], []
     for scene, scene_voxels, start in zip(scenes, voxels, starts, strict=True):
         row_of_point = np.full(len(scene.points), -1, np.int32)
-        row_of_point[scene.feature_index] = np.arange(len(scene.feature_index), dtype=np.int32)
+        if not supervised:
+            row_of_point[scene.feature_index] = np.arange(len(scene.feature_index), dtype=np.int32)
         row = row_of_point[scene_voxels.first]
-        targets.append(scene.features[row[row >= 0]])
+        targets.append(np.zeros((0, 0), np.float16) if supervised else scene.features[row[row >= 0]])
         target_index.append(start + np.flatnonzero(row >= 0).astype(np.int32))
 
     pyramid = build_pyramid(np.concatenate(coords))
@@ -181,9 +209,18 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
         superpoints=superpoints,
         targets=np.concatenate(targets),
         target_index=np.concatenate(target_index),
+        labels=_labels(scenes, voxels) if supervised else None,
         num_superpoints=num_superpoints,
     )
     return pad_batch(batch, bucket, pyramid.spread, target_capacity(bucket, len(scenes), config.data.chunk_points))
+
+
+def _labels(scenes: Sequence[Scene], voxels: Sequence[Voxels]) -> Int32[np.ndarray, " V"]:
+    for scene in scenes:
+        if scene.labels is None:
+            raise ValueError(f"scene '{scene.name}' has no labels, which mode=supervised learns from")
+    labels = np.concatenate([s.labels[v.first] for s, v in zip(scenes, voxels, strict=True)])
+    return np.where(labels == IGNORE, -1, labels).astype(np.int32)
 
 
 def pad_batch(batch: Batch, bucket: int, spread: int, num_targets: int) -> Batch:
@@ -201,6 +238,7 @@ def pad_batch(batch: Batch, bucket: int, spread: int, num_targets: int) -> Batch
         superpoints=pad(batch.superpoints, bucket, -1),
         targets=pad(batch.targets, num_targets, 0),
         target_index=pad(batch.target_index, num_targets, -1),
+        labels=None if batch.labels is None else pad(batch.labels, bucket, -1),
         num_superpoints=bucket // 4,
     )
 
@@ -348,6 +386,8 @@ class _GlobalBatch:
         num_scenes = len(self.source) // self.source.chunks
         chunk = rng.integers(self.source.chunks)
         scene = self.source[int(visit % num_scenes * self.source.chunks + chunk)]
+        if data.augment and self.config.mode == "supervised":
+            scene = dataclasses.replace(scene, points=elastic(scene.points, rng))
         view = transformed_voxels(scene.points, data.voxel_size, random_transform(rng, flip=data.augment))
         centre = view.coords[rng.integers(len(view.coords))]
         if data.augment and data.input_color and scene.colors is not None:

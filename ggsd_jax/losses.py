@@ -1,4 +1,5 @@
-"""The terms of the GGSD objective: Eq. 1 (points), Eq. 2-3 (superpoints) and Eq. 6 (self-distillation).
+"""The terms of the GGSD objective: Eq. 1 (points), Eq. 2-3 (superpoints) and Eq. 6 (self-distillation); and that of
+training with labels.
 
 Every term comes back as (sum, count) over this replica's rows: the training step adds both over the replicas
 and divides once, so that replicas with unequal numbers of voxels weigh as one batch would. Rows marked
@@ -77,6 +78,14 @@ def self_distillation_loss(
     log_p = jax.nn.log_softmax(normalize(student) @ normalize(text).T / temperature, axis=-1)
     picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
     return _masked_sum(-picked, labelled)
+
+
+def cross_entropy_loss(logits: Float[Array, "V L"], labels: Int[Array, " V"]) -> LossTerm:
+    """Cross-entropy of softmax(logits) against true labels, and their number; rows with label -1 are left out."""
+    logits = jnp.where((labels >= 0)[:, None], _full_precision(logits), 0)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    return _masked_sum(-picked, labels >= 0)
 
 
 def _masked_sum(values: Float[Array, " N"], mask: Bool[Array, " N"]) -> LossTerm:

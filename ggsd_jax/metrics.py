@@ -66,3 +66,18 @@ def scores(counts: Int[np.ndarray, "K1 K"]) -> dict:
 def evaluate(pred: Int[np.ndarray, "N"], gt: Int[np.ndarray, "N"], num_classes: int, ignore: int = 255) -> dict:
     """`scores` of one set of points; see `confusion_matrix` for the values that `pred` and `gt` may take."""
     return scores(confusion_matrix(pred, gt, num_classes, ignore))
+
+
+def head_common_tail(points: dict[str, int]) -> dict[str, list[str]]:
+    """The classes in three equal groups by their number of points, most first (Table 2); larger groups come first.
+
+    The paper's own division is in a supplement that is not public. Equal counts keep the order of `points`.
+    """
+    ranked = sorted(points, key=lambda name: -points[name])
+    parts = np.array_split(np.arange(len(ranked)), 3)
+    return {title: [ranked[i] for i in part] for title, part in zip(("Head", "Common", "Tail"), parts, strict=True)}
+
+
+def mean_over(by_class: dict[str, float | None], classes: list[str]) -> float:
+    """The mean of some classes' IoU or accuracy; absent ones (None) count as 0, as in `scores`."""
+    return sum(by_class[name] or 0.0 for name in classes) / len(classes)

@@ -26,7 +26,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tqdm import tqdm
 
+from data import feature_codes
 from data.labels import IGNORE, LABEL_SETS, LabelSet
+from data.ply import replacing
 from data.projection import fuse
 from data.scene import Scene, check_labels
 from data.synthetic import SYNTHETIC
@@ -147,8 +149,10 @@ def record_features(channels: int) -> tfds.features.FeaturesDict:
             "normals": tensor(None, 3, dtype=np.float32),
             "labels": tensor(None, dtype=np.int32, encoding="zlib"),
             "superpoints": tensor(None, dtype=np.int32, encoding="zlib"),
-            "features": tensor(None, channels, dtype=np.float16),
             "feature_index": tensor(None, dtype=np.int32, encoding="zlib"),
+            "feature_mean": tensor(channels, dtype=np.float16),  # these three: data/feature_codes.py
+            "feature_steps": tensor(None, dtype=np.float16),
+            "feature_codes": tensor(None, dtype=np.uint8),
         }
     )
 
@@ -162,15 +166,28 @@ _ABSENT = {  # what a record holds of a field that its scene does not have
 
 
 def encode(scene: Scene) -> dict:
-    """The record of a scene that has features."""
-    present = {f.name: getattr(scene, f.name) for f in dataclasses.fields(Scene)}
-    return _ABSENT | {field: value for field, value in present.items() if value is not None}
+    """The record of a scene that has features, which lose what `data.feature_codes` says."""
+    fields = {field.name: getattr(scene, field.name) for field in dataclasses.fields(Scene)}
+    coded = feature_codes.quantize(fields.pop("features"))
+    return _ABSENT | {field: value for field, value in fields.items() if value is not None} | _coded_fields(coded)
 
 
 def decode(record: dict) -> Scene:
     """The scene that was encoded."""
-    absent = {field: None for field in _ABSENT if not len(record[field])}
-    return Scene(**record | absent | {"name": record["name"].decode()})
+    names = [field.name for field in dataclasses.fields(Scene) if field.name != "features"]
+    fields = {name: record[name] for name in names if name not in _ABSENT or len(record[name])}
+    features = feature_codes.dequantize(_codes(record))
+    return Scene(**fields | {"name": record["name"].decode(), "features": features})
+
+
+def _coded_fields(coded: feature_codes.FeatureCodes) -> dict:
+    stream = feature_codes.compress(coded.codes)
+    return {"feature_mean": coded.mean, "feature_steps": coded.steps, "feature_codes": stream}
+
+
+def _codes(record: dict) -> feature_codes.FeatureCodes:
+    codes = feature_codes.decompress(record["feature_codes"], len(record["feature_mean"]))
+    return feature_codes.FeatureCodes(record["feature_mean"], record["feature_steps"], codes)
 
 
 def _content_settings(config: ml_collections.ConfigDict) -> dict:
@@ -243,18 +260,18 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
     return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
 
 
-def chunk_of_features(scene: Scene, chunk: int, chunk_points: int) -> Scene:
-    """The scene with the features of `chunk_points` random points only, as far as they have one.
+def chunk_of_features(record: dict, chunk: int, chunk_points: int) -> dict:
+    """The record of a scene with the features of `chunk_points` random points only, as far as they have one.
 
     Where no more points than that have a feature at all, as in a keyframe among older sweeps, all keep theirs.
     """
-    if len(scene.feature_index) <= chunk_points:
-        return scene
-    rng = np.random.default_rng([zlib.crc32(scene.name.encode()), chunk])
-    chosen = np.zeros(len(scene.points), bool)
+    if len(record["feature_index"]) <= chunk_points:
+        return record
+    rng = np.random.default_rng([zlib.crc32(record["name"].encode()), chunk])
+    chosen = np.zeros(len(record["points"]), bool)
     chosen[rng.choice(len(chosen), chunk_points, replace=False)] = True
-    rows = chosen[scene.feature_index]
-    return dataclasses.replace(scene, features=scene.features[rows], feature_index=scene.feature_index[rows])
+    rows = chosen[record["feature_index"]]
+    return record | {"feature_index": record["feature_index"][rows]} | _coded_fields(_codes(record).rows(rows))
 
 
 # ------------------------------------------------------------------------------------------------ the dataset
@@ -263,7 +280,7 @@ def chunk_of_features(scene: Scene, chunk: int, chunk_points: int) -> Scene:
 class _Dataset(tfds.core.GeneratorBasedBuilder):
     """Makes the records; scenes that are done wait in `unfinished` until all are, for a killed run to go on."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Raw data is read from the folder that config.data.root names."
 
     def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
@@ -287,20 +304,20 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, readers: Readers) -> Iterator[tuple[int, dict]]:
         config, key = self._run_config, itertools.count()
         report = self.info.metadata["report"][split] = _Report(label_set(config))
-        for name, scene in self._scenes(split, readers):
-            if isinstance(scene, LeftOut):
-                report.leave_out(name, str(scene))
+        for name, record in self._records(split, readers):
+            if isinstance(record, LeftOut):
+                report.leave_out(name, str(record))
             elif split == "val":
-                report.add(scene)
-                yield next(key), encode(scene)
-            elif len(scene.feature_index):
-                report.add(scene)
+                report.add(record)
+                yield next(key), record
+            elif len(record["feature_index"]):
+                report.add(record)
                 for chunk in range(config.data.chunks):
-                    yield next(key), encode(chunk_of_features(scene, chunk, config.data.chunk_points))
+                    yield next(key), chunk_of_features(record, chunk, config.data.chunk_points)
             else:
                 report.leave_out(name, "no view sees any of its points")
 
-    def _scenes(self, split: str, readers: Readers) -> Iterator[tuple[str, Scene | LeftOut]]:
+    def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
         """Each scene with superpoints and features, read back where a killed run had made it."""
         config = self._run_config
         files = {name: self._unfinished / f"{split} {quote(name, safe='')}.npz" for name in readers}
@@ -310,7 +327,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         with contextlib.closing(raw_scenes):
             for name in tqdm(readers, desc=f"prepare {split}", unit="scene", dynamic_ncols=True):
                 if files[name].exists():
-                    yield name, Scene.load_npz(files[name])
+                    with np.load(files[name], allow_pickle=False) as archive:
+                        yield name, dict(archive) | {"name": str(archive["name"])}
                     continue
                 raw = next(raw_scenes)
                 if isinstance(raw, LeftOut):
@@ -319,14 +337,16 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                 if split == "val":
                     check_labels(raw.scene, len(label_set(config).classes))
                 scene = add_features(raw, self._teacher, config.teacher.get("masks", ""))
-                width = self.info.features["features"].shape[-1]
+                width = self.info.features["feature_mean"].shape[-1]
                 if scene.features.shape[1] != width:
                     raise ValueError(
                         f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
                         f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
                     )
-                scene.save_npz(files[name])
-                yield name, scene
+                record = encode(scene)
+                with replacing(files[name]) as file:
+                    np.savez(file, **record)
+                yield name, record
 
 
 class _Report(dict):
@@ -336,14 +356,13 @@ class _Report(dict):
         super().__init__(scenes=0, points=0, points_with_feature=0, labels={}, left_out={})
         self._names = dict(enumerate(labels.classes)) | {IGNORE: "ignored"}
 
-    def add(self, scene: Scene) -> None:
+    def add(self, record: dict) -> None:
         self["scenes"] += 1
-        self["points"] += len(scene.points)
-        self["points_with_feature"] += len(scene.feature_index)
-        if scene.labels is not None:
-            for label, count in zip(*np.unique(scene.labels, return_counts=True), strict=True):
-                name = self._names.get(int(label), f"label {label}")
-                self["labels"][name] = self["labels"].get(name, 0) + int(count)
+        self["points"] += len(record["points"])
+        self["points_with_feature"] += len(record["feature_index"])
+        for label, count in zip(*np.unique(record["labels"], return_counts=True), strict=True):
+            name = self._names.get(int(label), f"label {label}")
+            self["labels"][name] = self["labels"].get(name, 0) + int(count)
 
     def leave_out(self, name: str, reason: str) -> None:
         self["left_out"][name] = reason

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ggsd_jax import checkpoint, hosts, input_pipeline, prepare
 from ggsd_jax.losses import (
+    cross_entropy_loss,
     point_distillation_loss,
     self_distillation_loss,
     superpoint_distillation_loss,
@@ -24,10 +25,12 @@ from ggsd_jax.losses import (
 from ggsd_jax.metric_log import StepLog
 from ggsd_jax.minkunet import MinkUNet, architecture
 from ggsd_jax.profiling import StepTrace
+from ggsd_jax.protocol import class_vectors
 from ggsd_jax.self_distillation import pseudo_labels, update_teacher, vote
-from ggsd_jax.vision_language import text
 
 AXIS = "data"  # replicas: one per local device
+MODES = ("ggsd", "supervised")
+SUPERVISED = 0  # the "stage" of training with labels
 
 
 @flax.struct.dataclass
@@ -64,13 +67,24 @@ def make_model(config: ml_collections.ConfigDict, out_channels: int, axis_name: 
     )
 
 
+def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adam; for supervised training SGD with momentum, and weight decay that counts as gradient, as in torch."""
+    if config.mode != "supervised":
+        return optax.adam(schedule)
+    settings = config.supervised
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, momentum=settings.momentum)
+    )
+
+
 def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
     """Poly decay over the whole run, lr * (1 - step / total) ** power.
 
     With `optimizer.openscene_lr_quirk` every step but the first runs at ten times that, as OpenScene's training
     script does (it sets all its parameter groups to 10 x the polynomial after each step).
     """
-    base, power = config.optimizer.learning_rate, config.optimizer.power
+    settings = config.supervised if config.mode == "supervised" else config.optimizer
+    base, power = settings.learning_rate, config.optimizer.power
 
     def schedule(step):
         rate = base * (1.0 - step / total_steps) ** power
@@ -93,7 +107,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of one replica; sums, statistics and gradients are reduced over the axis "data".
 
-    Stage 1 minimises Eq. 4; stage 2 adds Eq. 6 on labels by `loss.label_source`, voted if `loss.voting`.
+    Stage 1 minimises Eq. 4; stage 2 adds Eq. 6 on labels by `loss.label_source`, voted if `loss.voting`. Stage
+    `SUPERVISED` minimises the cross-entropy of the features, as logits, against the true labels.
     Every loss is divided by its global count, so replicas of unequal size add up to the one-device result.
     """
 
@@ -118,15 +133,16 @@ def train_step(
         variables = {"params": params, "batch_stats": state.batch_stats}
         features, updated = model.apply(variables, batch.feats, pyramid, train=True, mutable=["batch_stats"])
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        terms = {
-            "voxels": pyramid.num_voxels[0].astype(jnp.float32),
-            "L_p": mean(point_distillation_loss(features[rows], targets, supervised)),
-            "L_sp": mean(
-                superpoint_distillation_loss(
-                    features[rows], targets, batch.superpoints[rows], batch.num_superpoints, supervised
-                )
-            ),
-        }
+        terms = {"voxels": pyramid.num_voxels[0].astype(jnp.float32)}
+        if stage == SUPERVISED:
+            total = terms["L_ce"] = mean(cross_entropy_loss(features, batch.labels))
+            return total, (terms | {"loss": total}, updated["batch_stats"])
+        terms["L_p"] = mean(point_distillation_loss(features[rows], targets, supervised))
+        terms["L_sp"] = mean(
+            superpoint_distillation_loss(
+                features[rows], targets, batch.superpoints[rows], batch.num_superpoints, supervised
+            )
+        )
         total = loss.distill_weight * (terms["L_p"] + loss.superpoint_weight * terms["L_sp"])
         if stage == 2:
             learned = voted if loss.voting else labels
@@ -147,7 +163,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     teacher = state.teacher
-    if stage == 1 or loss.label_source == "ema":
+    if stage == 1 or (stage == 2 and loss.label_source == "ema"):
         student = {"params": params, "batch_stats": batch_stats}
         teacher = update_teacher(teacher, student, state.step, loss.ema_momentum)
     terms["gradient_norm"] = optax.tree.norm(grads)
@@ -189,28 +205,36 @@ def start_stage2(
 def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, profile: bool = False) -> None:
     """Trains both stages into `workdir`, going on from its last checkpoint if there is one.
 
+    With `mode` "supervised" all epochs are one stage of training with labels, and there is no `stage1/`.
+
     Leaves `checkpoints/` (the newest states and the end of stage 1), `metrics.jsonl`, TensorBoard events, the
     networks (parameters only) `stage1/` and `model/`, and with `profile` a trace of some steps.
 
     Raises:
         NonFiniteError: a loss or gradient became NaN or infinite; names the step and the term. The last good
             checkpoint stays.
+        ValueError: unknown `mode`; a training scene without labels, where they are needed.
     """
+    if config.mode not in MODES:
+        raise ValueError(f"mode is {config.mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    supervised = config.mode == "supervised"
     source = prepare.load_split(data_dir, "train")
     replicas, mine = hosts.replicas()
     epoch_steps = input_pipeline.steps_per_epoch(config, source)
     stage1_steps = config.stage1_epochs * epoch_steps
     total_steps = stage1_steps + config.stage2_epochs * epoch_steps
+    if supervised:
+        stage1_steps = total_steps
 
     labels = prepare.label_set(config)
-    class_text = text.embed(list(labels.classes), encoder=config.text.encoder, prompt=config.text.prompt)
+    class_text = class_vectors(config, labels.classes)
     model = make_model(config, out_channels=class_text.shape[1], axis_name=AXIS)
     schedule = learning_rate_schedule(config, total_steps)
-    optimizer = optax.adam(schedule)
+    optimizer = make_optimizer(config, schedule)
 
     manager = checkpoint.manager(workdir / "checkpoints", keep=stage1_steps)
     saved, *_ = hosts.gather(manager.latest_step())
-    start = (stage1_steps if config.stage1_from else 0) if saved is None else saved
+    start = (stage1_steps if config.stage1_from and not supervised else 0) if saved is None else saved
     batches = input_pipeline.train_iterator(source, config, num_replicas=replicas, replicas=mine, start_step=start)
     batches = input_pipeline.on_devices(batches, config, replicas)
     first = next(batches)
@@ -218,13 +242,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
     if saved is not None:
         logging.info("going on from step %d of %d", start, total_steps)
         state = checkpoint.restore(manager, start, state)
-    elif config.stage1_from:
+    elif config.stage1_from and not supervised:
         state = checkpoint.restore_end_of_stage1(Path(config.stage1_from) / "checkpoints", stage1_steps, state)
     info = {
         "arch": config.model.arch,
         "voxel_size": config.data.voxel_size,
         "input_color": config.data.input_color,
-        "text_encoder": config.text.encoder,
+        "text_encoder": "" if supervised else config.text.encoder,
         "prompt": config.text.prompt,
         "label_set": config.data.label_set,
         "classes": list(labels.classes),
@@ -239,14 +263,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
             in_axes=(0, 0, None),
             donate_argnums=0,
         )
-        for stage in (1, 2)
+        for stage in (SUPERVISED, 1, 2)
     }
     state = jax_utils.replicate(state, axis_name=AXIS)
     batches = itertools.chain([first], batches)
     log = StepLog(workdir, start, total_steps)
     trace = StepTrace(workdir / "profile" if profile and hosts.is_first() else None)
     for step in range(start, total_steps):
-        stage = 1 if step < stage1_steps else 2
+        stage = SUPERVISED if supervised else 1 if step < stage1_steps else 2
         if step == stage1_steps:
             checkpoint.save_model(workdir / "stage1", _variables(state), info)
             state = start_stage2(state, optimizer, config.loss)
@@ -279,7 +303,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
                 checkpoint.save(manager, done, jax.device_get(jax_utils.unreplicate(state)))
     trace.close(state)
     log.close()
-    if stage1_steps == total_steps:
+    if stage1_steps == total_steps and not supervised:
         checkpoint.save_model(workdir / "stage1", _variables(state), info)
     checkpoint.save_model(workdir / "model", _variables(state), info)
     manager.wait_until_finished()

@@ -1,5 +1,6 @@
 """Voxels, augmentation and batches, against OpenScene's loader and the laws a batch must keep."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -17,6 +18,7 @@ from ggsd_jax.input_pipeline import (
     _GlobalBatch,
     crop,
     crop_shares,
+    elastic,
     make_batch,
     on_devices,
     pad_batch,
@@ -68,6 +70,7 @@ def make_config(**overrides) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(
         dict(
             seed=3,
+            mode="ggsd",
             batch_size=4,
             data=dict(
                 voxel_size=0.05,
@@ -105,7 +108,7 @@ def untouched(scene: Scene, voxel_size: float) -> Voxels:
 @pytest.fixture(scope="module")
 def golden(shared):
     with np.load(shared / "golden" / "extras_pipeline.npz") as archive:
-        return {key: archive[key] for key in archive.files if key.startswith(("vox_", "fl_"))}
+        return {key: archive[key] for key in archive.files if key.startswith(("vox_", "fl_", "collate_"))}
 
 
 def golden_voxels(golden) -> Voxels:
@@ -154,6 +157,71 @@ def test_supervised_voxels_and_their_targets_are_openscenes(golden, case):
     target_of[batch.target_index[batch.target_index >= 0]] = batch.targets[batch.target_index >= 0]
     wanted = golden[f"fl_{case}__feat_3d"]
     np.testing.assert_array_equal(target_of[order][mask], wanted if case == "train" else wanted[mask])
+
+
+def golden_scene(golden, **fields) -> Scene:
+    labels = np.where(golden["fl_labels_raw"] < 0, 255, golden["fl_labels_raw"]).astype(np.int32)
+    return Scene(
+        "golden",
+        golden["vox_locs"],
+        labels=labels,
+        superpoints=np.zeros(len(labels), np.int32),
+        features=golden["fl_feat"],
+        feature_index=np.flatnonzero(golden["fl_mask_full"]).astype(np.int32),
+        **fields,
+    )
+
+
+def test_labels_of_voxels_in_supervised_training_are_openscenes(golden):
+    batch = make_batch([golden_scene(golden)], [golden_voxels(golden)], make_config(mode="supervised"))
+    count = int(batch.pyramid.num_voxels[0])
+    order = rows_in_order_of(golden["vox_coords"], batch.pyramid.coords[0][:count, 1:])
+    expected = golden["fl_train__labels"]
+    np.testing.assert_array_equal(batch.labels[order], np.where(expected == 255, -1, expected))
+    assert (batch.labels[count:] == -1).all()
+    assert batch.targets.size == 0 and (batch.target_index == -1).all()
+
+
+def test_labels_of_points_and_their_voxels_in_evaluation_are_openscenes(golden):
+    np.testing.assert_array_equal(golden_scene(golden).labels, golden["fl_val__labels"])
+    voxels = golden_voxels(golden)
+    theirs = golden["fl_val__coords"][golden["fl_val__inds_reverse"], 1:]
+    np.testing.assert_array_equal(voxels.coords[voxels.inverse], theirs)
+
+
+def test_two_scenes_are_put_together_as_openscene_does(golden):
+    scene, voxels = golden_scene(golden), golden_voxels(golden)
+    batch = make_batch([scene, scene], [voxels, voxels], make_config(**{"data.chunk_points": 3000}))
+    total = int(batch.pyramid.num_voxels[0])
+    coords = np.asarray(batch.pyramid.coords[0][:total])
+    np.testing.assert_array_equal(np.bincount(coords[:, 0]), golden["collate_batch_counts"])
+    assert (batch.target_index >= 0).sum() == golden["collate_feat_rows"]
+    assert set(map(tuple, golden["collate_coords_head"].tolist())) <= set(map(tuple, coords.tolist()))
+    assert batch.labels is None
+
+
+def test_a_scene_without_labels_cannot_teach_with_labels(golden):
+    scene = dataclasses.replace(golden_scene(golden), labels=None)
+    with pytest.raises(ValueError, match="scene 'golden' has no labels, which mode=supervised learns from"):
+        make_batch([scene], [golden_voxels(golden)], make_config(mode="supervised"))
+
+
+def test_elastic_distortion_moves_neighbours_together_and_mostly_happens():
+    rng = np.random.default_rng(0)
+    points = rng.uniform([-2, 1, 0], [3, 5, 2.5], (1000, 3))
+    cloud = np.concatenate([points, points + rng.normal(0, 0.005, points.shape)]).astype(np.float32)
+    unmoved = 0
+    for seed in range(60):
+        moved = elastic(cloud, np.random.default_rng(seed))
+        assert moved.dtype == np.float32 and moved.shape == cloud.shape
+        shift = moved - cloud
+        if not shift.any():
+            unmoved += 1
+            continue
+        mean = np.linalg.norm(shift, axis=1).mean()
+        assert 0.05 < mean < 1.5
+        assert np.linalg.norm(shift[:1000] - shift[1000:], axis=1).mean() < 0.1 * mean
+    assert 0 < unmoved < 12
 
 
 # ----------------------------------------------------------------------------------------------- augmentation

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.feature_codes import dequantize, quantize
 from data.scene import Scene
 from data.synthetic import generate_room
 from ggsd_jax import datasets, prepare
@@ -67,6 +68,12 @@ def tiny_rooms(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "generate_room", room)
 
 
+def stored(scene: Scene) -> Scene:
+    """The scene as a record gives it back."""
+    features = prepare.record_features(scene.features.shape[1])
+    return prepare.decode(features.deserialize_example_np(features.serialize_example(prepare.encode(scene))))
+
+
 def assert_same_scene(a: Scene, b: Scene):
     for field in dataclasses.fields(Scene):
         x, y = getattr(a, field.name), getattr(b, field.name)
@@ -99,10 +106,9 @@ def test_chunks_agree_with_the_fusion_of_all_points(prepared):
     config, scene = make_config(), load_split(prepared, "train")[1]
     raw = datasets.cut_superpoints(functools.partial(datasets.read_room, 0), config.superpoints.to_dict())
     whole = prepare.add_features(raw, prepare.make_teacher(config))
-    assert_same_scene(chunk_of_features(whole, 1, 3000), scene)
-    row = {int(point): i for i, point in enumerate(whole.feature_index)}
-    rows = [row[int(point)] for point in scene.feature_index]
-    np.testing.assert_array_equal(scene.features, whole.features[rows])
+    kept = stored(whole)
+    rows = np.searchsorted(whole.feature_index, scene.feature_index)
+    assert_same_scene(dataclasses.replace(kept, features=kept.features[rows], feature_index=scene.feature_index), scene)
 
 
 def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
@@ -118,7 +124,7 @@ def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
 
 def test_nothing_but_the_dataset_is_left(prepared):
     assert {f.name for f in prepared.iterdir()} == {"synthetic"}
-    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"1.0.0"}
+    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"2.0.0"}
 
 
 @settings(max_examples=20, deadline=None)
@@ -145,9 +151,8 @@ def test_a_scene_survives_a_record_whatever_it_lacks(num_points, share, channels
         feature_index=index,
         **{field: value for field, value in fields.items() if field not in absent},
     )
-    features = prepare.record_features(channels)
-    serialized = features.serialize_example(prepare.encode(scene))
-    assert_same_scene(prepare.decode(features.deserialize_example_np(serialized)), scene)
+    features = dequantize(quantize(scene.features))
+    assert_same_scene(stored(scene), dataclasses.replace(scene, features=features))
 
 
 @settings(max_examples=30, deadline=None)
@@ -155,14 +160,16 @@ def test_a_scene_survives_a_record_whatever_it_lacks(num_points, share, channels
 def test_a_chunk_has_features_of_random_points_that_are_seen(num_points, chunk_points, chunk):
     rng = np.random.default_rng(num_points)
     index = np.flatnonzero(rng.random(num_points) < 0.7).astype(np.int32)
-    features = index[:, None].astype(np.float16)
+    features = rng.standard_normal((len(index), 5)).astype(np.float16)
     scene = Scene("s", np.zeros((num_points, 3), np.float32), features=features, feature_index=index)
-    part = chunk_of_features(scene, chunk, chunk_points)
+    record = prepare.encode(scene)
+    chosen = chunk_of_features(record, chunk, chunk_points)
+    whole, part = (prepare.decode(r | {"name": b"s"}) for r in (record, chosen))
     assert set(part.feature_index) <= set(index)
-    np.testing.assert_array_equal(part.features[:, 0], part.feature_index)
+    np.testing.assert_array_equal(part.features, whole.features[np.searchsorted(index, part.feature_index)])
     assert min(len(index), chunk_points - (num_points - len(index))) <= len(part.features) <= chunk_points
-    again = chunk_of_features(scene, chunk, chunk_points)
-    np.testing.assert_array_equal(part.feature_index, again.feature_index)
+    again = chunk_of_features(record, chunk, chunk_points)
+    np.testing.assert_array_equal(chosen["feature_index"], again["feature_index"])
 
 
 # ----------------------------------------------------------------------------------- killed, changed, corrupt
@@ -199,7 +206,8 @@ def test_scenes_of_other_settings_are_not_gone_on_with(tmp_path, tiny_rooms, mon
 
     config = make_config()
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "encode", lambda scene: broken(0))  # the first scene is done, its record is not
+        # the first scene is done, its records are not
+        patch.setattr(prepare, "chunk_of_features", lambda *record: broken(0))
         with pytest.raises(ValueError, match="another run"):
             prepare.prepare(config, tmp_path)
     monkeypatch.setattr(datasets, "generate_room", broken)

@@ -19,9 +19,10 @@ import optax
 import pytest
 
 from data.synthetic import generate_room
-from ggsd_jax import checkpoint, inference, input_pipeline, prepare, run, train
+from ggsd_jax import checkpoint, inference, input_pipeline, prepare, run
 from ggsd_jax.metric_log import NonFiniteError
-from ggsd_jax.train import AXIS, initial_state, learning_rate_schedule, make_model, train_step
+from ggsd_jax.train import AXIS, initial_state, learning_rate_schedule, make_model, make_optimizer, train, train_step
+from ggsd_jax.vision_language import text
 from kernels.voxel_grid import next_bucket
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,10 @@ def test_the_log_of_a_resumed_run_has_every_step_once_and_every_term(finished):
 def test_results_name_their_protocol_and_every_row(finished):
     results = json.loads((finished / "results.json").read_text())
     assert set(results["rows"]) == {"fusion_2d", "stage1", "stage2", "ensemble"}
+    types = {"fusion_2d": "fusion", "stage1": "distill", "stage2": "distill", "ensemble": "ensemble"}
+    assert results["protocol"]["feature_types"] == types
+    assert any("repeats are added" in quirk for quirk in results["protocol"]["openscene_quirks"])
+    assert sum(results["protocol"]["points_of_class"].values()) <= results["protocol"]["points"]
     for row in results["rows"].values():
         assert 0 <= row["miou"] <= 1 and 0 <= row["macc"] <= 1 and len(row["iou"]) > 10
     assert results["protocol"]["teacher"] == "simulated" and results["protocol"]["repeats"] == 2
@@ -143,7 +148,7 @@ def batches(finished):
 def test_four_devices_take_the_step_of_one_on_the_same_scenes(batches):
     """Losses, gradients and statistics, in float64 to rounding; in float32 a ReLU may flip."""
     config, by_replicas = batches
-    class_text = np.asarray(train.text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
+    class_text = np.asarray(text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
     model = make_model(config, class_text.shape[1], axis_name=AXIS).clone(dtype="float64")
     optimizer = optax.sgd(1.0)  # a step of SGD is the gradient
     results = {}
@@ -187,7 +192,7 @@ def test_a_run_compiles_one_program_per_bucket(finished, tmp_path, monkeypatch, 
         jax.pmap(functools.partial(jnp.add, 1))(np.zeros(4))
         probe = re.search(r"Finished XLA compilation of (\S+)", caplog.text)[1]  # what JAX calls a pmapped partial
         caplog.clear()
-        train.train(config, tmp_path, finished / "data")
+        train(config, tmp_path, finished / "data")
     compiled = sum(f"Finished XLA compilation of {probe} " in record.getMessage() for record in caplog.records)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert compiled == 2 and [line["compilations"] for line in lines] == [1, 2, 2, 2, 2]
@@ -195,7 +200,7 @@ def test_a_run_compiles_one_program_per_bucket(finished, tmp_path, monkeypatch, 
 
 def test_bfloat16_arithmetic_leaves_parameters_statistics_and_losses_in_float32(batches):
     config, by_replicas = batches
-    class_text = np.asarray(train.text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
+    class_text = np.asarray(text.embed(prepare.label_set(config).classes, encoder=config.text.encoder))
     optimizer = optax.adam(1e-3)
     results = []
     for dtype in ("float32", "bfloat16"):
@@ -233,3 +238,45 @@ def test_learning_rates_are_those_openscene_really_used(shared):
     config = miniature(**{"optimizer.learning_rate": 1e-4, "optimizer.openscene_lr_quirk": True})
     schedule = learning_rate_schedule(config, len(golden))
     np.testing.assert_allclose([schedule(jnp.float32(i)) for i in range(len(golden))], golden, rtol=2e-5)
+
+
+def test_the_schedule_without_the_quirk_is_the_one_openscene_logs(shared):
+    golden = np.load(shared / "golden" / "extras_pipeline.npz")["poly_logged"]  # after each step, for the next
+    schedule = learning_rate_schedule(miniature(**{"optimizer.learning_rate": 1e-4}), len(golden))
+    rates = [schedule(jnp.float32(i + 1)) for i in range(len(golden))]
+    np.testing.assert_allclose(rates, golden, rtol=2e-5, atol=1e-12)
+
+
+def test_a_supervised_run_learns_from_labels_alone_and_scores_its_logits(finished, tmp_path):
+    changes = {"mode": "supervised", "stage1_epochs": 10, "stage2_epochs": 0, "eval.repeats": 1, "eval.pictures": 1}
+    config = miniature(**changes, **{"data.prepared": str(finished / "data"), "supervised.learning_rate": 0.1})
+    results = run.run(config, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["L_ce"] < 0.9 * log[0]["L_ce"] and "L_p" not in log[0] and log[0]["stage"] == 0
+    assert set(results["rows"]) == {"supervised"} and results["protocol"]["text_encoder"] == "none"
+    assert 0 < results["rows"]["supervised"]["miou"] < 1
+    variables, info = checkpoint.load_model(tmp_path / "model")
+    assert variables["params"]["final"]["kernel"].shape[-1] == len(info["classes"]) == 15
+    with pytest.raises(ValueError, match="trained with labels"):
+        inference.load(tmp_path)
+
+
+def test_supervised_training_takes_the_steps_of_torchs_sgd():
+    """torch: d = g + wd * p; b = momentum * b + d; p -= lr * b."""
+    config = miniature(mode="supervised")
+    optimizer = make_optimizer(config, lambda step: 0.01)
+    parameter, momentum, state = jnp.ones(3), np.zeros(3), optimizer.init(jnp.ones(3))
+    expected = np.ones(3)
+    for step in range(4):
+        gradient = np.array([0.5, -1.0, step])
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, parameter)
+        parameter = optax.apply_updates(parameter, updates)
+        momentum = 0.9 * momentum + gradient + 1e-4 * expected
+        expected = expected - 0.01 * momentum
+    np.testing.assert_allclose(parameter, expected, rtol=1e-6)
+
+
+def test_an_unknown_mode_is_refused(finished, tmp_path):
+    config = miniature(mode="supervized", **{"data.prepared": str(finished / "data")})
+    with pytest.raises(ValueError, match="mode is 'supervized': expected one of 'ggsd', 'supervised'"):
+        run.run(config, tmp_path, "train")

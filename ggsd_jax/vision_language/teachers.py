@@ -58,7 +58,8 @@ def look(
     """The views and the features [h, w, C] of each, for `data.projection.fuse`.
 
     Args:
-        masks: folder of SAM's masks to average the features in; empty: they stay as they are.
+        masks: folder of SAM's masks to average the features in; empty: they stay as they are. Where scenes call
+            their views alike, a folder in it of the scene's name holds them.
     """
     if isinstance(teacher, DenseTeacher):
         bar = tqdm(views, desc=scene.name, unit="view", leave=False, dynamic_ncols=True)
@@ -67,4 +68,10 @@ def look(
         features_of = teacher(scene)
     if not masks:
         return views, features_of
-    return views, lambda view: sam_masks.refine(features_of(view), sam_masks.read(Path(masks), view))
+
+    def refined(view: View) -> np.ndarray:
+        own = Path(masks) / scene.name
+        folder = own if (own / view.name).is_dir() else Path(masks)
+        return sam_masks.refine(features_of(view), sam_masks.read(folder, view))
+
+    return views, refined

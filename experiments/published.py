@@ -1,0 +1,169 @@
+"""What the scripts of Tables 1, 2, 3 and 6 share: their command line, the runs behind a row, and the reports.
+
+A report has a section per data set it was run on. It is kept in a JSON file beside the script, from which the Markdown
+is written, so that a table run on synthetic rooms today can have its ScanNet section tomorrow.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import logging
+
+from data import scannet
+from experiments import scannet_sample
+from ggsd_jax import run
+
+ROOT = Path(__file__).parent
+MEAN = ("mIoU", "mAcc")
+
+SHORT = {  # of the synthetic rooms and of the sample scans: minutes, to see that a table runs
+    "stage1_epochs": 7,
+    "stage2_epochs": 3,
+    "log_every": 5,
+    "eval.pictures": 0,
+    "eval.repeats": 2,
+    "model.arch": "MinkUNet14A",
+    "model.width": 0.125,
+}
+SHORT_ROOMS = SHORT | {"data.train_rooms": 8, "data.val_rooms": 2, "data.voxel_size": 0.15}
+SHORT_SCANS = SHORT | scannet_sample.OVERRIDES | {"stage1_epochs": 7, "stage2_epochs": 3, "model.width": 0.125}
+
+
+def options(description: str, name: str) -> argparse.ArgumentParser:
+    """The command line that all tables have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="one of configs/*.py; without it, a short run on synthetic rooms")
+    parser.add_argument("--samples", type=Path, help="a short run on the scans experiments/scannet_sample.py describes")
+    parser.add_argument("--workdir", type=Path, default=Path("out") / name, help="where the runs go (%(default)s)")
+    parser.add_argument("fields", nargs="*", metavar="field=value", help="fields of the config, as data.root=/data/x")
+    return parser
+
+
+def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[ml_collections.ConfigDict, Path, str]:
+    """The config of a table, the work directory of its runs, and how its report calls what it was run on.
+
+    Args:
+        label_set: what the labels of `--samples` are read as.
+    """
+    logging.set_verbosity(logging.WARNING)
+    name = given.config.stem if given.config else "scannet" if given.samples else "synthetic"
+    config = load_config(name if given.config is None else given.config)
+    workdir = given.workdir / name
+    if given.config is None:
+        config.update_from_flattened_dict(SHORT_SCANS if given.samples else SHORT_ROOMS)
+    if given.samples:
+        root = workdir / f"root_{label_set}"
+        scannet_sample.collect(given.samples, root, scannet.LABEL_TABLES[label_set])
+        config.update_from_flattened_dict({"data.root": str(root.resolve()), "data.label_set": label_set})
+        config.text.encoder = "stand-in"
+    config.update_from_flattened_dict(_parsed(given.fields))
+    config.data.prepared = config.data.prepared or str((workdir / "data").resolve())
+    title = {"scannet": "seven ScanNet scans"}.get(name, "synthetic rooms") if given.config is None else name
+    return config, workdir, title
+
+
+def load_config(name_or_file: str | Path) -> ml_collections.ConfigDict:
+    """The config of that name in configs/, or in that file."""
+    file = name_or_file if isinstance(name_or_file, Path) else ROOT.parent / "configs" / f"{name_or_file}.py"
+    return runpy.run_path(str(file))["get_config"]()
+
+
+def _parsed(fields: Sequence[str]) -> dict:
+    values = {}
+    for field in fields:
+        name, equals, value = field.partition("=")
+        if not equals:
+            raise SystemExit(f"{field!r}: expected field=value, as data.root=/data/scannet")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: Path, row: str, **fields
+) -> tuple[ml_collections.ConfigDict, dict]:
+    """The run of one row in `workdir`/`row`, with other values of some fields: its config and its results.
+
+    A finished run is read, a killed one goes on.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    run.use_cpu_devices(config)
+    print(f"\n== {row}")
+    results = run.run(config, workdir / row)
+    jax.clear_caches()
+    return config, results
+
+
+def about(config: ml_collections.ConfigDict, results: dict) -> str:
+    """What a section was run on, in a sentence or two."""
+    protocol = results["protocol"]
+    steps = (config.stage1_epochs, config.stage2_epochs)
+    return (
+        f"{protocol['scenes']} scenes of the data set {results['dataset']!r} ({results['split']}), "
+        f"{protocol['points']:,} points. 2D teacher: {protocol['teacher']}; words: {protocol['text_encoder']}, "
+        f"{protocol['words']}. Trained for {steps[0]} + {steps[1]} epochs of {config.data.loop} visits, batch size "
+        f"{config.batch_size}, {config.model.arch} of width {config.model.width}, voxels of {config.data.voxel_size} "
+        f"m; {protocol['repeats']} evaluation repeats. OpenScene's quirks, reproduced: "
+        + "; ".join(protocol["openscene_quirks"]) + "."
+    )  # fmt: skip
+
+
+def percent(row: dict) -> list[float]:
+    """mIoU and mAcc of a row of results, in percent."""
+    return [round(100 * row[key], 1) for key in ("miou", "macc")]
+
+
+def report(
+    table: str,
+    heading: str,
+    section: str,
+    *,
+    text: str,
+    columns: Sequence[str],
+    measured: dict[str, list[float]],
+    quoted: dict[str, list[float | None]],
+    short: bool,
+) -> None:
+    """Writes one section of a table's report, `table`.json and `table`.md, and leaves its other sections."""
+    path = ROOT / f"{table}.json"
+    sections = json.loads(path.read_text()) if path.exists() else {}
+    sections[section] = dict(
+        text=text, columns=list(columns), measured=measured, quoted=quoted, short=short, versions=_versions()
+    )
+    run.write_json(path, sections)
+    lines = [f"# {heading}", ""]
+    for name, part in sections.items():
+        lines += [f"## Run on {name}", "", part["text"], ""]
+        if part["short"]:
+            lines += [
+                "**A short run to see that the table runs, on a network that has hardly begun to learn: its values say "
+                "nothing about the method.**",
+                "",
+            ]
+        lines += ["| row | " + " | ".join(part["columns"]) + " |", "| --- |" + " --- |" * len(part["columns"])]
+        lines += [_line(f"{row} (this run)", values) for row, values in part["measured"].items()]
+        lines += [_line(f"{row} (quoted)", values) for row, values in part["quoted"].items()]
+        lines += ["", "Rows marked *quoted* are the paper's, on the data set its column names. Versions of this run: "
+                  + ", ".join(f"{k} {v}" for k, v in part["versions"].items()) + ".", ""]  # fmt: skip
+    (ROOT / f"{table}.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def _line(row: str, values: Sequence[float | None]) -> str:
+    return f"| {row} | " + " | ".join("" if value is None else f"{value:.1f}" for value in values) + " |"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")} | {
+        "device": jax.devices()[0].device_kind
+    }
