@@ -1,7 +1,8 @@
 """GGSD on Matterport3D with the hyper-parameters of the paper.
 
   python -m ggsd_jax.main --config=configs/matterport.py --workdir=out/matterport --config.data.root=/data/v1/scans \\
-      --config.data.lists=/data/matterport/lists --config.text.encoder=/data/clip_matterport21_vitb32_512.npz
+      --config.data.lists=/data/matterport/lists --config.teacher.weights=/data/demo_e200.ckpt \\
+      --config.text.encoder=/data/clip-vit-base-patch32
 
 Ask the owners of Matterport3D for their download script, and get of each building the types region_segmentations,
 undistorted_color_images, undistorted_depth_images and undistorted_camera_parameters; unpacked, `data.root/<building>/`
@@ -14,10 +15,9 @@ of the 18 test buildings, as OpenScene does; regions of training without a camer
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
 --config.data.root=/data/matterport_3d --config.data.features=/data/matterport_multiview_openseg`.
 
-The paper trains with batch size 8 on one A100 (80 GB) with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
+The paper trains on one A100 (80 GB) in about 24 hours with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
 54.4 mAcc for K = 21; 22.8/31.6, 11.9/16.2, 6.3/9.6 for K = 40, 80, 160) are those of the network trained on ScanNet;
-it reports none for training here. The teacher's name and weights: as in configs/scannet.py; the default
-is simulated from the labels of the regions.
+it reports none for training here. Other teachers, their weights and text: as in configs/scannet.py.
 """
 
 import ml_collections
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.name = "lseg"  # or openseg, maskclip, simulated
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
     # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them

@@ -1,7 +1,9 @@
 """GGSD on nuScenes with the hyper-parameters of the paper.
 
+  pip install -e .[openseg]
   python -m ggsd_jax.main --config=configs/nuscenes.py --workdir=out/nuscenes --config.data.root=/data/nuscenes \\
-      --config.data.lists=/data/nuscenes/lists --config.text.encoder=/data/clip_nuscenes16.npz
+      --config.data.lists=/data/nuscenes/lists --config.teacher.weights=/data/openseg_exported_clip \\
+      --config.text.encoder=/data/clip-vit-large-patch14-336
 
 Download from nuscenes.org the trainval metadata, all ten file blobs (samples and sweeps; with `data.sweeps=1` the
 keyframe blobs suffice) and nuScenes-lidarseg, and unpack them into one folder: `v1.0-trainval/`, `samples/`,
@@ -19,9 +21,13 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 Points are compared with 43 detailed names, each of which means one of the 16 classes (`eval.words`). OpenScene's
 supervised network, the upper row of Table 1, is `--config.mode=supervised --config.batch_size=24 --config.data.loop=2`.
 
-The paper trains on four A100 (80 GB) in about a day with OpenSeg as the teacher and reports 46.1 mIoU, 59.2 mAcc on
-the validation keyframes. OpenSeg is not part of this project; `teacher.name=maskclip
-teacher.weights=FOLDER` takes CLIP's public weights, the default is simulated from the labels.
+The 2D teacher is OpenSeg, as in the paper: `teacher.weights` is the folder of the SavedModel that its authors
+exported, gs://cloud-tpu-checkpoints/detection/projects/openseg/colab/exported_model (OpenScene: openseg_exported_clip),
+and the words are those of openai/clip-vit-large-patch14-336 (`hf download`). `teacher.name=maskclip` takes CLIP's
+public weights alone; all teachers are listed in configs/scannet.py.
+
+The paper trains on four A100 (80 GB) in about 24 hours with the 2D features at hand, and reports 46.1 mIoU and
+59.2 mAcc on the validation keyframes. Nobody has run this project on all of nuScenes yet.
 """
 
 import ml_collections
@@ -67,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.name = "openseg"  # or maskclip, lseg, simulated
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
     # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
@@ -82,7 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.seed = 0
 
     config.text = ml_collections.ConfigDict()
-    config.text.encoder = ""  # an .npz with the CLIP embedding of each class name
+    config.text.encoder = ""  # the folder of a CLIP snapshot, or an .npz with its embedding of each class name
     config.text.prompt = "a {} in a scene"
 
     config.model = ml_collections.ConfigDict()

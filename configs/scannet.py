@@ -1,8 +1,7 @@
 """GGSD on ScanNet with the hyper-parameters of the paper.
 
   python -m ggsd_jax.main --config=configs/scannet.py --workdir=out/scannet --config.data.root=/data/scannet \\
-      --config.teacher.name=lseg --config.teacher.weights=/data/demo_e200.ckpt \\
-      --config.text.encoder=/data/clip-vit-base-patch32
+      --config.teacher.weights=/data/demo_e200.ckpt --config.text.encoder=/data/clip-vit-base-patch32
 
 `data.lists` (or `data.root`) holds `scannetv2_train.txt` and `scannetv2_val.txt`, scene names one per line (Tasks/
 Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene either
@@ -17,14 +16,15 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 
 The 2D teacher, `teacher.name` and its `teacher.weights`, and the text that goes with it, `text.encoder`:
 
-  lseg       LSeg's checkpoint demo_e200.ckpt           openai/clip-vit-base-patch32
-  maskclip   a snapshot folder of any CLIP ViT          the same folder
-  simulated  none; it looks at the labels of the scenes any; also an .npz of embeddings, or "stand-in"
+  lseg       LSeg's checkpoint demo_e200.ckpt            openai/clip-vit-base-patch32
+  openseg    OpenSeg's folder openseg_exported_clip      openai/clip-vit-large-patch14-336
+  maskclip   a snapshot folder of any CLIP ViT           the same folder
+  simulated  none; it LOOKS AT THE LABELS of the scenes  any; also an .npz of embeddings, or "stand-in"
 
 A snapshot folder is what `hf download openai/clip-vit-base-patch32` makes: config.json, weights, vocabulary.
 
-The paper trains on one A100 (80 GB) in about a day and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes with
-LSeg as the teacher. Nobody has run this project on all of ScanNet yet.
+The paper trains on one A100 (80 GB) in about 24 hours and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes
+with LSeg as the teacher. Nobody has run this project on all of ScanNet yet.
 """
 
 import ml_collections
@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "simulated"  # or maskclip, lseg
+    config.teacher.name = "lseg"  # or openseg, maskclip, simulated
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
     # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them

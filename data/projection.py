@@ -95,14 +95,18 @@ def _depth_ratio(points: Float[np.ndarray, "N 3"], view: View, border: int) -> F
     return reading[met] / (points[met].astype(np.float64) @ to_camera[2, :3] + to_camera[2, 3])
 
 
-def _check_depth_scale(ratio: Float64[np.ndarray, " M"], agreeing: int, tolerance: float) -> None:
-    """Raises ValueError where next to no reading agrees with the points, but many would by one common factor."""
-    if len(ratio) < 1000 or agreeing >= 0.01 * len(ratio):
+def _check_depth_scale(ratio: Float64[np.ndarray, " M"], met: int, agreeing: int, tolerance: float) -> None:
+    """Raises ValueError where next to no reading agrees with the points, but many would by one common factor.
+
+    Args:
+      ratio: `_depth_ratio` of some of the `met` points that fall on a reading, `agreeing` of which lie there.
+    """
+    if met < 1000 or agreeing >= 0.01 * met:
         return
     factor = float(np.median(ratio))
     if np.mean(np.abs(ratio / factor - 1) <= max(tolerance, 0.1)) > 0.3:
         raise ValueError(
-            f"almost nothing is visible: {agreeing} of {len(ratio)} points that fall on a depth reading lie there, "
+            f"almost nothing is visible: {agreeing} of {met} points that fall on a depth reading lie there, "
             f"and most readings are {factor:.3g} times as far as their points; is the depth scale of another data set?"
         )
 
@@ -135,7 +139,7 @@ def fuse(
     """
     sums = np.zeros((len(points), 0), np.float32)
     counts = np.zeros(len(points), np.int32)
-    agreeing, ratios = 0, []
+    agreeing, met, ratios = 0, 0, [np.empty(0)]
     for number, view in enumerate(views):
         seen = project(points, view.pose, view.intrinsics, view.size, view.depth, tolerance, border)
         feature_map = features_of(view)
@@ -151,9 +155,11 @@ def fuse(
         sums[seen.visible] += features
         counts += seen.visible
         if view.depth is not None:
-            ratios.append(_depth_ratio(points, view, border))
+            ratio = _depth_ratio(points, view, border)
+            ratios.append(ratio[:: 1 + len(ratio) // 1000].copy())  # all of 300 views would pile up
+            met += len(ratio)
             agreeing += int(seen.visible.sum())
-    _check_depth_scale(np.concatenate(ratios or [np.empty(0)]), agreeing, tolerance)
+    _check_depth_scale(np.concatenate(ratios), met, agreeing, tolerance)
     if not sums.shape[1]:
         raise ValueError("no views to fuse; give at least one view with features")
     feature_index = np.flatnonzero(counts).astype(np.int32)

@@ -28,6 +28,7 @@ OVERRIDES = {
     "cpu_devices": 2,
     "stage1_epochs": 150,
     "stage2_epochs": 50,
+    "teacher.name": "simulated",
     "data.voxel_size": 0.1,
     "data.chunks": 1,
     "data.chunk_points": 100_000,

@@ -42,8 +42,8 @@ class LeftOut(Exception):
     """A scene that the rules of its data set leave out; the message says why."""
 
 
-Readers = dict[str, Callable[[], RawScene]]
-"""By the name of each scene the function that reads it; it can be sent to another process."""
+Readers = dict[str, Callable[[], RawScene] | LeftOut]
+"""By the name of each scene the function that reads it, fit for another process, or the reason why it is not there."""
 
 
 def cut_superpoints(read: Callable[[], RawScene], settings: dict) -> RawScene | LeftOut:
@@ -97,8 +97,11 @@ def read_room(seed: int) -> RawScene:
 def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     """Scenes that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt`.
 
-    A scene is a folder `scans/<scene>` with mesh, labels and frames, or a neutral `<scene>.npz`, which
-    simulated cameras look at.
+    Agree to the terms on www.scan-net.org, and get of each scene the types `_vh_clean_2.ply`,
+    `_vh_clean_2.labels.ply` and `.sens` with the script that its owners send. data.root holds `scans/<scene>/` with
+    them (frames exported to color/, depth/ and pose/ do as well as the .sens), or a neutral `<scene>.npz`
+    (data.scene.Scene), which simulated cameras look at. The lists are in Tasks/Benchmark/ of ScanNet/ScanNet;
+    data.lists names their folder, if that is not data.root.
     """
     _expect_label_set(config, *scannet.LABEL_TABLES)
     root = Path(config.data.root)
@@ -111,7 +114,6 @@ def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
                 found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set)
             elif (root / f"{name}.npz").is_file():
                 found[name] = functools.partial(_read_npz, root / f"{name}.npz")
-        logging.info("%d of %d listed scenes found (scannetv2_%s.txt)", len(found), len(listed), split)
         return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
 
     return {split: scans(split) for split in ("train", "val")}
@@ -134,9 +136,13 @@ def _look_around(path: Path, scene: Scene) -> list[View]:
 
 
 def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """The regions of the buildings listed in `scenes_train.txt`, and in `scenes_test.txt` for "val".
+    """The regions of the buildings listed in `scenes_train.txt`, and in `scenes_test.txt` for "val", as OpenScene.
 
-    OpenScene scores the test buildings. Beside the lists lies `category_mapping.tsv`.
+    Agree to the terms on niessner.github.io/Matterport, and get of each building the types region_segmentations,
+    undistorted_color_images, undistorted_depth_images and undistorted_camera_parameters with the script that its
+    owners send. Unpacked, data.root/<building>/ holds folders of these names. The lists and `category_mapping.tsv`
+    are in tasks/benchmark/ and metadata/ of niessner/Matterport; data.lists names their folder, if that is not
+    data.root.
     """
     _expect_label_set(config, *matterport.LABEL_SET_NAMES)
     root = Path(config.data.root)
@@ -150,9 +156,9 @@ def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
             for building in listed
             for mesh in sorted((root / building / "region_segmentations").glob("region*.ply"))
         }
-        present = sum((root / building).is_dir() for building in listed)
-        logging.info("%d regions in %d of %d listed buildings (%s)", len(found), present, len(listed), list_name)
-        return _some(found, listed, list_name, f"{root}/<building>/region_segmentations/")
+        with_regions = {name.split()[0] for name in found}
+        absent = [building for building in listed if building not in with_regions]
+        return _some(found, absent, list_name, f"{root}/<building>/region_segmentations/region*.ply")
 
     return {"train": regions("scenes_train.txt", 0), "val": regions("scenes_test.txt", matterport.NEAREST)}
 
@@ -170,7 +176,13 @@ _cameras_of_building = functools.lru_cache(maxsize=2)(matterport.read_cameras)
 
 
 def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with `data.sweeps` sweeps each."""
+    """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with data.sweeps sweeps each.
+
+    Register at www.nuscenes.org, and unpack into one folder, data.root, of "Full dataset (v1.0)" the metadata and
+    the file blobs of trainval, and nuScenes-lidarseg: `v1.0-trainval/`, `samples/`, `sweeps/` (not needed with
+    data.sweeps=1) and `lidarseg/`. The lists hold names such as scene-0061, one per line, of
+    nuscenes.utils.splits in the official development kit; data.lists names their folder, if that is not data.root.
+    """
     _expect_label_set(config, "nuscenes16")
 
     listed = {split: set(_read_list(config, f"{split}.txt")) for split in ("train", "val")}
@@ -189,14 +201,20 @@ def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:
 
 
 def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """The scans of `sequences/00` to `10` that are there; 08 is "val"."""
+    """The scans of `sequences/00` to `10` that are there; 08 is "val".
+
+    Get velodyne laser data, left color images and calibration of KITTI's odometry benchmark (www.cvlibs.net), and the
+    labels from semantic-kitti.org. data.root/sequences/<sequence>/ holds `velodyne/`, `labels/`, `image_2/` and
+    `calib.txt`.
+    """
     _expect_label_set(config, "semantickitti19")
     root = Path(config.data.root) / "sequences"
 
     def scans(sequences: tuple[str, ...]) -> Readers:
         paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("*.bin"))]
         found = {f"{path.parent.parent.name}_{path.stem}": functools.partial(_read_lidar_scan, path) for path in paths}
-        return _some(found, list(sequences), "SemanticKITTI", f"{root}/<sequence>/velodyne/")
+        absent = [s for s in sequences if s not in {path.parent.parent.name for path in paths}]
+        return _some(found, absent, "SemanticKITTI", f"{root}/<sequence>/velodyne/*.bin")
 
     return {"train": scans(semantickitti.TRAIN), "val": scans(semantickitti.VAL)}
 
@@ -206,7 +224,12 @@ def _read_lidar_scan(path: Path) -> RawScene:
 
 
 def replica_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """The eight scenes of Replica, as far as they are there; without labels there is no "val"."""
+    """The eight scenes of Replica, as far as they are there; without labels there is no "val".
+
+    data.root is Replica as rendered for NICE-SLAM (https://cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: meshes
+    `<scene>_mesh.ply`, and `<scene>/traj.txt` with `<scene>/results/`), or OpenScene's `replica_processed` with
+    `replica_3d/` and `replica_2d/`.
+    """
     root = config.data.root
     found = {name: functools.partial(_read_replica, root, name) for name in replica.scenes(root)}
     places = f"{root}/<scene>_mesh.ply or {root}/replica_3d/<scene>.pth"
@@ -219,7 +242,7 @@ def _read_replica(root: str, name: str) -> RawScene:
 
 
 def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """The scenes of a folder of the user's own, laid out as `data.folder.LAYOUT` says.
+    """The scenes of a folder of your own; configs/folder.py shows its layout.
 
     Those listed in `val.txt`, if there is one, are "val" and must be labelled; all others are for training.
     """
@@ -254,9 +277,11 @@ def _read_own(name: str, path: Path, scale: float, depth_units: float) -> RawSce
 
 
 def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
-    """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of `data.features`.
+    """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of data.features.
 
-    As in OpenScene, a scene without a feature file is left out.
+    OpenScene's scripts/download_dataset.sh and download_fused_features.sh fetch them: data.root is e.g. its scannet_3d,
+    data.features its scannet_multiview_lseg, whose name tells the text that goes with it. As in OpenScene, a scene
+    without a feature file is left out.
     """
     root, features = Path(config.data.root), Path(config.data.features)
     if not config.data.features or not features.is_dir():
@@ -268,7 +293,7 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     def scenes(split: str) -> Readers:
         paths = sorted((root / split).glob("*.pth"))
         found = {path.stem: functools.partial(_read_preprocessed, path, features) for path in paths}
-        return _some(found, paths, f"split '{split}'", f"{root}/{split}/*.pth")
+        return _some(found, [], f"split '{split}'", f"{root}/{split}/*.pth")
 
     return {"train": scenes("train"), "val": scenes("val" if (root / "val").is_dir() else "test")}
 
@@ -303,14 +328,16 @@ def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
     return names
 
 
-def _some(found: Readers, listed: Sequence, source: str, places: str) -> Readers:
-    """`found`, if anything is."""
+def _some(found: Readers, listed: Sequence[str], source: str, places: str) -> Readers:
+    """`found`, if anything is, with why the others that are listed are left out."""
     if not found:
         raise ValueError(
             f"none of the {len(listed)} scenes of {source} is there, looked for {places}: download some, or "
             "point data.root at them"
         )
-    return found
+    absent = [name for name in listed if name not in found]
+    logging.info("%s: %d found, %d not there", source, len(found), len(absent))
+    return found | {name: LeftOut(f"not there ({places})") for name in absent}
 
 
 DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] = {

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -37,6 +38,7 @@ from ggsd_jax.vision_language import teachers, text
 
 _NOT_CONTENT = {"prepared", "prepare_workers", "voxel_size", "augment", "input_color", "loop", "workers"}
 _NOT_CONTENT |= {"min_voxels", "max_voxels"}
+_READY_MADE = "openscene"  # the data set that comes with its 2D features
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -62,12 +64,14 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     folder = _dataset_folder(data_dir)
     if folder is not None:
         _check_settings(folder, settings)
-        if config.teacher.name != teachers.SIMULATED:
-            space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
+        space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
+        if space != teachers.SIMULATED:
             text.check_space(space, config.text.encoder)
         return
-    if config.data.root and not Path(config.data.root).is_dir():
-        raise FileNotFoundError(f"data.root is {config.data.root!r}: there is no such folder")
+    if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
+        raise FileNotFoundError(
+            f"data.root is {config.data.root!r}: there is no such folder. {instructions(config.data.name)}"
+        )
     for leftover in data_dir.glob(f"*/{_INCOMPLETE}*"):
         shutil.rmtree(leftover)
     unfinished = data_dir / "unfinished" / f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
@@ -102,6 +106,11 @@ def load_split(data_dir: Path, split: str) -> "PreparedScenes":
 def load_report(data_dir: Path) -> dict:
     """What went into each split of the dataset in `data_dir`, as `_Report` has it."""
     return tfds.builder_from_directory(_dataset_folder(data_dir)).info.metadata["report"]
+
+
+def instructions(name: str) -> str:
+    """What to download for a data set, and how its folder must look."""
+    return f"{name}: {inspect.getdoc(_named(DATASETS, 'data.name', name))}"
 
 
 class PreparedScenes(Sequence):
@@ -194,7 +203,8 @@ def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
     data = {field: value for field, value in settings["data"].items() if field not in _NOT_CONTENT}
-    return {"data": data, "superpoints": settings["superpoints"]} | teachers.settings(config)
+    made_here = {} if config.data.name == _READY_MADE else teachers.settings(config)
+    return {"data": data, "superpoints": settings["superpoints"]} | made_here
 
 
 def _check_settings(folder: Path, settings: dict) -> None:
@@ -231,14 +241,19 @@ def _named(table: dict, field: str, name: str):
 
 
 def make_teacher(config: ml_collections.ConfigDict) -> teachers.Teacher:
-    """The 2D network that `teacher.name` names; raises what `teachers.make` raises, and ValueError for other names."""
+    """The 2D network that `teacher.name` names, or what stands for the one that made ready-made features.
+
+    Raises what `teachers.make` and `teachers.ready_made` raise, and ValueError for other names.
+    """
+    if config.data.name == _READY_MADE:
+        return teachers.ready_made(config.data.features, config.text.encoder)
     _named(teachers.TEACHERS, "teacher.name", config.teacher.name)
     return teachers.make(config, label_set(config).classes)
 
 
 def teacher_name(config: ml_collections.ConfigDict) -> str:
     """What made the 2D features, as results name it: a network, or the maker of ready-made features."""
-    if config.data.name == "openscene":
+    if config.data.name == _READY_MADE:
         return f"ready-made features: {Path(config.data.features).name}"
     return config.teacher.name
 
@@ -257,6 +272,11 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
         features, feature_index = fuse(points, *looks, tolerance=raw.tolerance, border=raw.border)
     except ValueError as error:
         raise ValueError(f"scene '{raw.scene.name}': {error}") from error
+    if len(feature_index) < 0.01 * len(points):
+        logging.warning(
+            "scene '%s': its views see %d of %d points; are the poses camera to world, and in metres?",
+            raw.scene.name, len(feature_index), len(points),
+        )  # fmt: skip
     return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
 
 
@@ -281,10 +301,10 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     """Makes the records; scenes that are done wait in `unfinished` until all are, for a killed run to go on."""
 
     VERSION = tfds.core.Version("2.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Raw data is read from the folder that config.data.root names."
 
     def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
         self.name = config.data.name
+        self.MANUAL_DOWNLOAD_INSTRUCTIONS = instructions(config.data.name)
         self._run_config, self._settings, self._unfinished = config, settings, unfinished
         self._readers = _named(DATASETS, "data.name", config.data.name)(config)
         self._teacher = make_teacher(config)
@@ -304,7 +324,9 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, readers: Readers) -> Iterator[tuple[int, dict]]:
         config, key = self._run_config, itertools.count()
         report = self.info.metadata["report"][split] = _Report(label_set(config))
-        for name, record in self._records(split, readers):
+        absent = {name: str(reason) for name, reason in readers.items() if isinstance(reason, LeftOut)}
+        report["left_out"] |= absent
+        for name, record in self._records(split, {name: readers[name] for name in readers if name not in absent}):
             if isinstance(record, LeftOut):
                 report.leave_out(name, str(record))
             elif split == "val":
@@ -378,7 +400,10 @@ def report_text(report: dict) -> str:
             f"{split}: scenes {of['scenes']}, left out {len(of['left_out'])}, points {of['points']:,}, "
             f"with a 2D feature {share:.1f} %"
         )
-        lines += [f"  left out {name}: {reason}" for name, reason in of["left_out"].items()]
+        for reason in dict.fromkeys(of["left_out"].values()):
+            names = [name for name, why in of["left_out"].items() if why == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  left out, {reason}: {', '.join(names[:3])}{more}")
         total = sum(of["labels"].values())
         ranked = sorted(of["labels"].items(), key=lambda item: -item[1])
         lines += [f"  {100 * count / total:6.2f} % {name}" for name, count in ranked]

@@ -10,6 +10,7 @@ import pytest
 
 from data import openscene
 from data.feature_codes import dequantize, quantize
+from data.labels import LABEL_SETS
 from ggsd_jax import prepare
 
 POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -144,6 +145,11 @@ def test_the_chunks_of_a_scene_are_put_together(tmp_path):
 
 
 def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
+    def text_file(model: str, width: int) -> str:
+        path = tmp_path / f"{model.replace('/', '-')}_{width}.npz"
+        np.savez(path, embedding=np.eye(20, width), names=LABEL_SETS["scannet20"].classes, model=model)
+        return str(path)
+
     rng = np.random.default_rng(0)
     features = tmp_path / "scannet_multiview_lseg"
     features.mkdir()
@@ -159,7 +165,7 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     config = runpy.run_path(str(Path(__file__).parents[1] / "configs/scannet.py"))["get_config"]()
     config.update_from_flattened_dict(
         {"data.name": "openscene", "data.root": str(tmp_path / "scannet_3d"), "data.prepare_workers": 0}
-        | {"data.chunks": 1, "text.encoder": "stand-in:64"}
+        | {"data.chunks": 1, "text.encoder": text_file("ViT-B/32", 64)}
     )
     with pytest.raises(FileNotFoundError, match="data.features is '': expected the folder with OpenScene's"):
         prepare.prepare(config, tmp_path / "out")
@@ -173,6 +179,13 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     assert prepare.teacher_name(config) == "ready-made features: scannet_multiview_lseg"
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert list(left_out) == ["scene0000_01_vh_clean_2"] and "missing" in left_out["scene0000_01_vh_clean_2"]
-    config.text.encoder = "stand-in:48"
+    config.text.encoder = text_file("ViT-B/32", 48)
     with pytest.raises(ValueError, match="features have 64 channels, the words of text.encoder 48: LSeg's 512 go"):
         prepare.prepare(config, tmp_path / "other")
+    config.text.encoder = text_file("ViT-B/16", 64)  # the same width, and unrelated
+    for place in ("other", "out"):
+        with pytest.raises(ValueError, match="words in the space of ViT-B/16, the 2D features are in that of ViT-B/32"):
+            prepare.prepare(config, tmp_path / place)
+    features.rename(tmp_path / "mine")  # nothing tells whose these are
+    config.data.features = str(tmp_path / "mine")
+    prepare.prepare(config, tmp_path / "mine_prepared")

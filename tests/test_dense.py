@@ -1,5 +1,7 @@
 """2D networks as teachers: batches of views in, features of single views out."""
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,3 +68,23 @@ def test_fusion_takes_the_views_and_their_features():
     features, index = fuse(points, *teacher.look(make_views([(8, 6)] * 3)))
     assert index.tolist() == [0, 1]
     np.testing.assert_array_equal(features, 2)  # the mean of 1, 2, 3
+
+
+def test_many_views_take_no_more_memory_than_a_few():
+    points = np.random.default_rng(0).uniform([-1, -1, 1], [1, 1, 3], (20_000, 3)).astype(np.float32)
+
+    def views(count: int):
+        intrinsics = np.array([[40.0, 0, 40], [0, 40.0, 30], [0, 0, 1]])
+        for i in range(count):  # as from disk: made when asked for
+            image = np.full((60, 80, 3), i % 250, np.uint8)
+            yield View(f"view {i}", np.eye(4), intrinsics, (80, 60), np.full((60, 80), 2, np.float32), image)
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        fuse(points, *DenseTeacher("space", 2, View.full_pixels, Recorder(), batch_size=2).look(views(count)))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(2)  # compiles
+    assert peak(60) < 1.2 * peak(6)

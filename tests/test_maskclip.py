@@ -20,7 +20,7 @@ def test_features_of_a_view_are_those_of_the_reference(clip_snapshot):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = clip_snapshot()
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    (ours,) = features(maskclip.load(folder, short_side=32), view_of(image))
+    (ours,) = features(maskclip.load(folder, short_side=32), view_of(image, (24, 16)))
 
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     tower = model.vision_model
@@ -34,8 +34,8 @@ def test_features_of_a_view_are_those_of_the_reference(clip_snapshot):
         x = x + last.mlp(last.layer_norm2(x))
         x = model.visual_projection(tower.post_layernorm(x[:, 1:])).reshape(1, 4, 6, -1)
         x = x / x.norm(dim=-1, keepdim=True)
-        theirs = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), (15, 20), mode="bilinear")[0].permute(1, 2, 0)
-    assert ours.shape == (15, 20, 16) and ours.dtype == np.float32
+        theirs = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), (16, 24), mode="bilinear")[0].permute(1, 2, 0)
+    assert ours.shape == (16, 24, 16) and ours.dtype == np.float32
     assert np.abs(ours - theirs.numpy()).max() < 1e-5 * np.abs(theirs.numpy()).max()
 
 

@@ -224,7 +224,9 @@ def test_an_image_of_another_camera_is_refused_when_it_is_looked_at(release):
 def load_config(**overrides):
     config = runpy.run_path(str(Path(__file__).parents[1] / "configs/nuscenes.py"))["get_config"]()
     config.update_from_flattened_dict(
-        {"text.encoder": "stand-in:64", "data.version": VERSION, "data.prepare_workers": 0} | overrides
+        {"teacher.name": "simulated", "text.encoder": "stand-in:64"}
+        | {"data.version": VERSION, "data.prepare_workers": 0}
+        | overrides
     )
     return config
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import ml_collections
@@ -200,6 +202,32 @@ def test_after_an_error_in_the_middle_the_next_run_goes_on(tmp_path, tiny_rooms,
     assert {f.name for f in tmp_path.iterdir()} == {"synthetic"}
 
 
+def _prepare_until_killed(folder: Path):
+    glimpse = generate_room(0, scan_views=2, views=1, size=(40, 30))
+
+    def room(seed: int):
+        if seed == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return glimpse._replace(scene=dataclasses.replace(glimpse.scene, name=f"room{seed}"))
+
+    datasets.generate_room = room
+    prepare.prepare(make_config(**{"data.train_rooms": 3}), folder)
+
+
+def test_a_kill_loses_the_scene_it_hits_and_no_other(tmp_path, tiny_rooms, monkeypatch):
+    process = multiprocessing.get_context("spawn").Process(target=_prepare_until_killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError, match="no prepared dataset"):
+        load_split(tmp_path, "train")
+    readable, read = datasets.generate_room, []
+    monkeypatch.setattr(datasets, "generate_room", lambda seed: read.append(seed) or readable(seed))
+    prepare.prepare(make_config(**{"data.train_rooms": 3}), tmp_path)
+    assert read == [2, 1_000_000] and len(load_split(tmp_path, "train")) == 6
+    assert {f.name for f in tmp_path.iterdir()} == {"synthetic"}
+
+
 def test_scenes_of_other_settings_are_not_gone_on_with(tmp_path, tiny_rooms, monkeypatch):
     def broken(seed):
         raise ValueError("another run begins here")
@@ -247,7 +275,7 @@ def test_the_report_counts_scenes_points_labels_and_what_was_left_out(tmp_path, 
     }
     assert report["train"]["scenes"] == 1 and report["train"]["left_out"] == {"room 1": "no camera in the room"}
     assert f"val: scenes 1, left out 0, points {len(scene.points):,}, with a 2D feature" in caplog.text
-    assert "left out room 1: no camera in the room" in caplog.text
+    assert "left out, no camera in the room: room 1" in caplog.text
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, tiny_rooms):
@@ -351,6 +379,19 @@ def test_the_features_of_a_network_are_prepared_with_the_space_they_live_in(
         prepare.prepare(make_config(**{"superpoints.voxel_resolution": 0.15}), out)
 
 
+def test_cameras_that_see_next_to_nothing_are_warned_of(caplog):
+    raw = datasets.read_room(0)
+    lift = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1e4], [0, 0, 0, 1]])
+    away = [dataclasses.replace(view, pose=lift @ view.pose) for view in raw.views]
+    teacher = prepare.make_teacher(make_config())
+    with caplog.at_level("WARNING"):
+        prepare.add_features(raw, teacher)
+        assert "poses" not in caplog.text
+        scene = prepare.add_features(raw._replace(views=away), teacher)
+    assert len(scene.features) == 0
+    assert f"scene '{scene.name}': its views see 0 of {len(scene.points)} points; are the poses" in caplog.text
+
+
 def test_features_are_averaged_within_the_masks_of_a_view(tmp_path, tiny_rooms):
     config = make_config(**{"superpoints.voxel_resolution": 0.15})
     raw = datasets.read_room(0)
@@ -411,7 +452,30 @@ def test_listed_clouds_without_frames_are_seen_by_simulated_cameras(scannet_root
     (train,), (val,) = load_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "val")
     assert (train.name, val.name) == ("scene0000_00", "scene0001_00")
     assert len(val.feature_index) > 0.3 * len(val.points)
-    assert "1 of 2 listed scenes found (scannetv2_train.txt)" in caplog.text
+    assert "scannetv2_train.txt: 1 found, 1 not there" in caplog.text
+    left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
+    assert list(left_out) == ["scene0005_00"] and "not there" in left_out["scene0005_00"]
+    assert f"left out, not there ({scannet_root}/scans/<scene>/ or" in caplog.text
+
+
+def test_a_long_list_of_scenes_left_out_is_told_in_one_line():
+    reasons = {f"scene{i}": "not there" for i in range(5)} | {"attic": "no view sees any of its points"}
+    report = {"train": dict(scenes=0, points=0, points_with_feature=0, labels={}, left_out=reasons)}
+    lines = prepare.report_text(report).splitlines()
+    assert lines[1:] == [
+        "  left out, not there: scene0, scene1, scene2 and 2 more",
+        "  left out, no view sees any of its points: attic",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(datasets.DATASETS.keys() - {"synthetic"}))
+def test_without_raw_data_every_builder_says_what_to_download_and_how_it_must_look(tmp_path, name):
+    for root in ("", str(tmp_path / "nowhere")):
+        with pytest.raises(
+            FileNotFoundError, match=f"data.root is '{root}': there is no such folder. {name}: "
+        ) as error:
+            prepare.prepare(make_config(**{"data.name": name, "data.root": root}), tmp_path / "out")
+        assert str(error.value).endswith(prepare.instructions(name)) and len(prepare.instructions(name)) > 100
 
 
 def test_a_split_without_a_scene_is_an_error(scannet_root, tmp_path):

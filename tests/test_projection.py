@@ -1,5 +1,6 @@
 """Cameras and fusion: against golden numbers of OpenScene, real frames, and the geometry itself."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_real_frames_see_exactly_the_expected_points(shared, scene):
 
 
 # Fusion
+
+
+@pytest.mark.parametrize(("units", "times"), [(4000.0, "0.248"), (6553.5, "0.151")])
+def test_real_depth_in_the_unit_of_another_data_set_is_noticed(shared, units, times):
+    folder = shared / "data/scannet/scene0000_00"
+    points = scannet.read_scene(folder).points
+    views = [
+        dataclasses.replace(view, depth=view.depth * np.float32(1000 / units))
+        for view in scannet.read_views(folder, every=20)
+    ]
+    with pytest.raises(ValueError, match=f"almost nothing is visible: .* {times} times as far"):
+        fuse(points, views, lambda view: np.ones((*view.depth.shape, 1), np.float32), border=scannet.BORDER)
 
 
 def test_fusion_equals_openscenes(golden):

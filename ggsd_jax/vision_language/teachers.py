@@ -2,22 +2,36 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from data.scene import Scene, View
-from ggsd_jax.vision_language import lseg, maskclip, sam_masks, text
+from ggsd_jax.vision_language import lseg, maskclip, openseg, sam_masks, text
 from ggsd_jax.vision_language.dense import DenseTeacher
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
 SIMULATED = "simulated"
-TEACHERS = {SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load}
+TEACHERS = {SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load, "openseg": openseg.load}
 _FIELDS = ("name", "weights", "masks")  # the others of `teacher` are rates of the simulated one's errors
-_WEIGHTS = {"maskclip": "the folder of a CLIP snapshot", "lseg": "LSeg's checkpoint demo_e200.ckpt"}
+_WEIGHTS = {
+    "maskclip": "the folder of a CLIP snapshot",
+    "lseg": "LSeg's checkpoint demo_e200.ckpt",
+    "openseg": "the folder of its SavedModel, openseg_exported_clip",
+}
+_READY_MADE = {"lseg": "ViT-B/32", "openseg": "ViT-L/14@336px"}  # whose text OpenScene's features go with
 
-Teacher = SimulatedTeacher | DenseTeacher
+
+class ReadyMade(NamedTuple):
+    """In place of a network where a data set comes with its features: the space they live in, and their width."""
+
+    space: str
+    width: int
+
+
+Teacher = SimulatedTeacher | DenseTeacher | ReadyMade
 
 
 def make(config: ml_collections.ConfigDict, classes: Sequence[str]) -> Teacher:
@@ -39,6 +53,21 @@ def make(config: ml_collections.ConfigDict, classes: Sequence[str]) -> Teacher:
         raise type(error)(f"teacher.weights: {error}") from error
     text.check_space(teacher.space, config.text.encoder)
     return teacher
+
+
+def ready_made(folder: str | Path, encoder: str) -> ReadyMade:
+    """What a folder of OpenScene's fused features holds, told by its name, as in `scannet_multiview_lseg`.
+
+    Features in a folder of another name pass for those of the encoder's space: nothing tells.
+
+    Raises:
+        ValueError: the encoder is of another space; else what `text.space` raises.
+    """
+    space = next((space for name, space in _READY_MADE.items() if name in Path(folder).name.lower()), None)
+    if space is None:
+        space = text.space(encoder)
+    text.check_space(space, encoder)
+    return ReadyMade(space, text.width(encoder))
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, dict]:

@@ -106,6 +106,16 @@ def space(encoder: str | Path) -> str:
         return str(archive["model"])
 
 
+def width(encoder: str | Path) -> int:
+    """The length of an encoder's rows; raises what `embed` raises."""
+    kind, folder_or_file = _kind(encoder)
+    if kind == "stand-in":
+        return _width(encoder)
+    if kind == "file":
+        return _read(folder_or_file)[1].shape[1]
+    return embed(["thing"], encoder).shape[1]
+
+
 def check_space(features: str, encoder: str | Path) -> None:
     """Raises ValueError where features of this space cannot be compared with the encoder's rows.
 
