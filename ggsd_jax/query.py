@@ -24,7 +24,7 @@ from jaxtyping import Float, Float32, Int, Int32, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.folder import CLOUD_SUFFIXES, read_file
+from data.folder import CLOUD_SUFFIXES, UNITS, check_metres, in_metres, read_file
 from data.labels import LABEL_SETS, LabelSet
 from data.ply import replacing, write_ply
 from data.scene import Scene, read_ply
@@ -35,9 +35,7 @@ from kernels.voxel_grid import kernel_map, voxelize
 
 THRESHOLD = 0.5
 MIN_POINTS = 20  # a region of fewer is a speck
-UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 _READERS = dict.fromkeys(CLOUD_SUFFIXES, read_file) | {".ply": read_ply}  # whose labels need not be classes
-_TALLEST, _WIDEST = 100.0, 2000.0  # metres; of a scan that is believed to be in metres
 
 # ------------------------------------------------------------------------------------------------- the answer
 
@@ -132,24 +130,9 @@ def read_scene(path: Path, unit: str | None = None) -> Scene:
     """
     scene = _READERS[path.suffix.lower()](path)
     if unit is None:
-        check_metres(path, scene.points)
+        check_metres(path, scene.points, "--unit={unit}")
         return scene
-    if UNITS[unit] == 1:
-        return scene
-    points = (scene.points.astype(np.float64) * UNITS[unit]).astype(np.float32)
-    return Scene(**{**vars(scene), "points": points})
-
-
-def check_metres(path: Path, points: Float32[np.ndarray, "N 3"]) -> None:
-    """Raises ValueError where a scan is too large for metres; one point in a hundred may lie far out."""
-    width, depth, height = np.ptp(np.quantile(points, [0.005, 0.995], axis=0), axis=0)
-    if height <= _TALLEST and max(width, depth) <= _WIDEST:
-        return
-    guess = "mm" if max(width, depth, height) > 1000 else "cm"
-    raise ValueError(
-        f"{path}: {width:.5g} x {depth:.5g} x {height:.5g} m is large for a scan. Is it in "
-        f"{'millimetres' if guess == 'mm' else 'centimetres'}? Say --unit={guess}; or --unit=m if it is in metres"
-    )
+    return in_metres(scene, UNITS[unit])
 
 
 def word_list(name: str) -> LabelSet:
