@@ -34,6 +34,7 @@ _LICENCES = {
     "scannet": "ScanNet Terms of Use: non-commercial research and education only.",
     "matterport": "Matterport3D Terms of Use: non-commercial academic use only.",
     "nuscenes": "nuScenes Terms of Use (CC BY-NC-SA 4.0): non-commercial use only.",
+    "semantickitti": "SemanticKITTI and KITTI: CC BY-NC-SA, non-commercial use only.",
     "replica": "Replica Research Terms: non-commercial research only.",
 }
 _UNKNOWN_LICENCE = "Not known here: ask those who recorded the data before you pass this model on."

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
@@ -264,6 +264,8 @@ def run(args: argparse.Namespace) -> None:
     args.words = [" ".join(word.split()) for word in args.words]
     if bool(args.words) == bool(args.labels):
         raise ValueError('say what to look for, e.g. "chair" "somewhere to sleep", or --labels=nyu40 (one of the two)')
+    if args.labels and args.without:
+        raise ValueError("--without is held against a query: it says nothing about --labels")
     if not all([*args.words, *args.without]):
         raise ValueError("a query is empty: name a thing to look for")
     if not 0 < args.threshold < 1:
@@ -272,6 +274,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--top={args.top}: list at least one region")
     labels = word_list(args.labels) if args.labels else None
     files = scene_files(args.scene)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out={args.out} is a file: name a folder")
     for file in files:
         if file.resolve().parent == args.out.resolve():
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")

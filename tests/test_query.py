@@ -109,6 +109,8 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
         (["--scene={folder}/a.ply", "--labels=lost.txt"], "lost.txt: no such list"),
         (["--scene={folder}/a.ply", "chair", "--threshold=50"], "between 0 and 1"),
         (["--scene={folder}", "chair", "--out={folder}"], "would be overwritten"),
+        (["--scene={folder}", "chair", "--out={folder}/a.ply"], "a.ply is a file: name a folder"),
+        (["--scene={folder}/a.ply", "--labels=nyu40", "--without=lamp"], "nothing about --labels"),
         (["--scene=pyproject.toml", "chair"], "expected a .ply or .pcd or .npz or .xyz file"),
         (["--scene={folder}/a.ply", "chair", "--model=tests"], "holds no model"),
     ],
