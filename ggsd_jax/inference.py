@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Float32, Int32, UInt8
+from tqdm import tqdm
 
 from ggsd_jax import checkpoint
 from ggsd_jax.losses import MIN_NORM
@@ -216,6 +217,8 @@ class Model:
         # Largest first: all batches then share its bucket, and one compiled program.
         parts.sort(key=lambda part: -len(part[1].rows))
         bucket = None
+        voxels = sum(len(tile.rows) for _, tile in parts)
+        bar = tqdm(total=voxels, desc="encode", unit="voxel", unit_scale=True, delay=5, leave=False, dynamic_ncols=True)
         while parts:
             room, batch = self.max_voxels, []
             while parts and len(parts[0][1].rows) <= room and len(batch) < BATCH_LIMIT:
@@ -229,9 +232,11 @@ class Model:
             bucket = pyramid.bucket
             inputs = np.concatenate([feats[i][tile.rows] for i, tile in batch])
             features = _forward(model, self.variables, inputs, pyramid)
+            bar.update(len(inputs))
             for i, tile in batch:
                 own, features = features[: len(tile.rows)], features[len(tile.rows) :]
                 yield i, tile.rows[tile.core], own[tile.core]
+        bar.close()
 
 
 def unit(rows: Float32[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:

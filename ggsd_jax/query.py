@@ -281,15 +281,24 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)
-    found = {}
+    found, left_out = {}, []
     for file in files:
-        scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+        try:
+            scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+        except ValueError as error:  # one bad scan does not end a search through many
+            if len(files) == 1:
+                raise
+            left_out.append(str(error))
+            continue
         if labels is None:
             found[scene.name] = answer(model, scene, args)
         else:
             label(model, scene, labels, args)
     if len(found) > 1:
         rank(found, args.words, args.top)
+    if left_out:
+        problems = "\n".join(left_out)
+        raise ValueError(f"{len(left_out)} of {len(files)} scans left out:\n{problems}")
     print(f"\nwritten: {args.out}/  (.ply coloured, .npz scores, .png picture of each scan)")
 
 

@@ -76,6 +76,16 @@ def test_a_query_prints_regions_ranks_scenes_and_stores_the_answer(model_dir, fo
         assert image.width == 4 * 480  # input, found, and a heat map for each query
 
 
+def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model_dir, folder, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.ply").write_text("ply\nformat ascii 1.0\n")
+    (scans / "b.npz").write_bytes((folder / "b.npz").read_bytes())
+    with pytest.raises(SystemExit, match="1 of 2 scans left out:\n.*a.ply"):
+        ask(model_dir, f"--scene={scans}", "chair", f"--out={tmp_path / 'out'}")
+    assert "b: 900 points" in capsys.readouterr().out and (tmp_path / "out/b.ply").is_file()
+
+
 @pytest.mark.parametrize("labels", ["scannet20", "words.txt"])
 def test_every_point_gets_a_label_of_a_set_or_of_a_file(model_dir, folder, tmp_path, capsys, labels):
     if labels == "words.txt":
