@@ -179,6 +179,10 @@ class Model:
         """Unit rows of words under the text encoder the network learned to agree with."""
         return text.embed(list(words), encoder=self.info["text_encoder"], prompt=self.info["prompt"])
 
+    def without_meaning(self, words: Sequence[str]) -> list[str]:
+        """Those of some words that the text encoder knows nothing of; the demo's is a short table of concepts."""
+        return text.without_meaning(words, self.info["text_encoder"])
+
     def contrast(self, negatives: Sequence[str] = ()) -> Float32[np.ndarray, "_ C"]:
         """What a query has to beat: "anything" (the mean of the classes of training), then the negatives."""
         anything = unit(self.embed(self.info["classes"]).mean(axis=0, keepdims=True))

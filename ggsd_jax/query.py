@@ -1,7 +1,7 @@
 """Asks scans for anything in words, or labels all of their points; prints, paints and stores the answer.
 
-  python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "somewhere to sleep"
-  python -m ggsd_jax.query --model=out/demo --scene=scans/ "piano"               which room has one?
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "soft seat"
+  python -m ggsd_jax.query --model=out/demo --scene=scans/ "bathtub"             which room has one?
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       or --labels=words.txt
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     args.words = [" ".join(word.split()) for word in args.words]
     if bool(args.words) == bool(args.labels):
-        raise ValueError('say what to look for, e.g. "chair" "somewhere to sleep", or --labels=nyu40 (one of the two)')
+        raise ValueError('say what to look for, e.g. "chair" "soft seat", or --labels=nyu40 (one of the two)')
     if args.labels and args.without:
         raise ValueError("--without is held against a query: it says nothing about --labels")
     if not all([*args.words, *args.without]):
@@ -281,6 +281,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)
+    for word in model.without_meaning([*args.words, *args.without]):
+        print(f'note: the stand-in for CLIP that this model was trained with knows no word of "{word}"')
     found, left_out = {}, []
     for file in files:
         try:

@@ -82,8 +82,10 @@ def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model
     (scans / "a.ply").write_text("ply\nformat ascii 1.0\n")
     (scans / "b.npz").write_bytes((folder / "b.npz").read_bytes())
     with pytest.raises(SystemExit, match="1 of 2 scans left out:\n.*a.ply"):
-        ask(model_dir, f"--scene={scans}", "chair", f"--out={tmp_path / 'out'}")
-    assert "b: 900 points" in capsys.readouterr().out and (tmp_path / "out/b.ply").is_file()
+        ask(model_dir, f"--scene={scans}", "chair", "piano", f"--out={tmp_path / 'out'}")
+    printed = capsys.readouterr().out
+    assert "b: 900 points" in printed and (tmp_path / "out/b.ply").is_file()
+    assert 'knows no word of "piano"' in printed and 'word of "chair"' not in printed
 
 
 @pytest.mark.parametrize("labels", ["scannet20", "words.txt"])
