@@ -18,7 +18,9 @@ def run(path: Path, folder: Path, monkeypatch) -> list:
     """The cells of a notebook after a kernel in `folder` has run them all; an error in one of them is raised."""
     monkeypatch.setenv("GGSD_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling small programs is all the work
+    # compiling small programs is all the work
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "unsafe_rbg")
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook.cells
