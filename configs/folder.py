@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "folder"
     config.data.root = ""
     config.data.lists = ""  # folder of val.txt, if there is one; default: data.root
-    config.data.scale = 1.0  # metres per unit of the clouds and poses
+    config.data.scale = 0.0  # metres per unit of clouds and poses; 0: metres, unless a cloud's size says otherwise
     config.data.depth_units = 1000.0  # units of the depth images in a metre
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.label_set = "nyu40"  # words for the loss; ask for any others later

@@ -18,7 +18,7 @@ from data.frames import Views, read_depth, read_pose
 from data.labels import IGNORE
 from data.pcd import read_pcd_columns
 from data.projection import adjust_intrinsics
-from data.scene import Scene, View, read_ply, read_ply_columns, resize_nearest
+from data.scene import Scene, View, in_float32, read_ply, read_ply_columns, resize_nearest
 from data.virtual_camera import point_spacing, splat
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ LAYOUT = """
     depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image"""
 
 CLOUD_SUFFIXES = (".ply", ".pcd", ".npz", ".xyz")
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+_TALLEST, _WIDEST, _SMALLEST = 100.0, 2000.0, 0.05  # metres; of a scan that is believed to be in metres
 LONGEST_SIDE = 640  # pixels of the grid of 2D features
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -66,20 +68,47 @@ def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
     return clouds
 
 
-def read_cloud(path: str | os.PathLike, scale: float = 1.0) -> Scene:
+def read_cloud(path: str | os.PathLike, scale: float | None = None) -> Scene:
     """The cloud of a file in metres.
 
     Args:
       path: as for `read_file`.
-      scale: metres per unit of the file: 0.001 where it is in millimetres.
+      scale: metres per unit of the file, 0.001 where it is in millimetres; None: metres, where that is plausible.
 
     Raises:
-      ValueError: what `read_file` raises, or a cloud of a size that is not in metres.
+      ValueError: what `read_file` and `check_metres` raise.
     """
     scene = read_file(path)
-    points = scene.points * np.float32(scale)
-    _check_metres(Path(path), points, scale)
-    return dataclasses.replace(scene, points=points)
+    if scale is None:
+        check_metres(Path(path), scene.points, "data.scale={scale:g}")
+        return scene
+    return in_metres(scene, scale)
+
+
+def in_metres(scene: Scene, scale: float) -> Scene:
+    """The same scene with its points multiplied by `scale`, metres per unit."""
+    return dataclasses.replace(scene, points=(scene.points.astype(np.float64) * scale).astype(np.float32))
+
+
+def check_metres(path: Path, points: Float32[np.ndarray, "N 3"], say: str) -> None:
+    """Questions a cloud, z up, that is too large or too small to be in metres; one point in a hundred may lie far out.
+
+    Args:
+      say: how its unit is stated, with {unit} ("mm") or {scale} (0.001) where that goes.
+
+    Raises:
+      ValueError: it is in doubt; says its size in each unit.
+    """
+    sides = np.ptp(np.quantile(points, [0.005, 0.995], axis=0), axis=0)
+    size = {unit: " x ".join(f"{side * scale:.3g}" for side in sides) for unit, scale in UNITS.items()}
+    if sides[2] > _TALLEST or max(sides[:2]) > _WIDEST:
+        choices = [f"{say.format(unit=unit, scale=scale)} ({size[unit]} m)" for unit, scale in UNITS.items()]
+        raise ValueError(f"{path}: {size['m']} m is large for a scan; state its unit: {' or '.join(choices)}")
+    if len(points) > 100 and sides.max() < _SMALLEST:
+        raise ValueError(
+            f"{path}: {size['m']} m is small for a scan. Bring it to metres, e.g. with CloudCompare; or state that it "
+            f"is: {say.format(unit='m', scale=1.0)}"
+        )
 
 
 def read_file(path: str | os.PathLike) -> Scene:
@@ -123,7 +152,7 @@ def _scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
     normals = stacked("normal_x", "normal_y", "normal_z")
     return Scene(
         path.stem,
-        stacked("x", "y", "z").astype(np.float32),
+        in_float32(path, stacked("x", "y", "z")),
         stacked("red", "green", "blue"),
         None if normals is None else np.nan_to_num(normals.astype(np.float32)),
     )
@@ -163,22 +192,6 @@ def _read_text(path: Path) -> dict[str, np.ndarray]:
         colors = np.round(colors * (255 if colors.max() <= 1 else 1)).astype(np.uint8)
         columns |= dict(zip(("red", "green", "blue"), colors.T, strict=True))
     return columns
-
-
-def _check_metres(path: Path, points: Float32[np.ndarray, "N 3"], scale: float) -> None:
-    """Nothing to be segmented is hundreds of metres thick in its thinnest direction, or lost within centimetres."""
-    low, high = np.percentile(points, [1, 99], axis=0)
-    extent = high - low
-    shown = " x ".join(f"{side:.3g}" for side in extent)
-    if extent.min() > 200:
-        raise ValueError(
-            f"{path}: the cloud measures {shown} m; is it in millimetres? Then say so: data.scale={scale * 0.001:g} "
-            f"(centimetres: {scale * 0.01:g})"
-        )
-    if len(points) > 100 and extent.max() < 0.05:
-        raise ValueError(
-            f"{path}: the cloud measures {shown} m; data.scale is {scale:g} metres to the unit of the file"
-        )
 
 
 def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth_units: float = 1000.0) -> Views | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Float16, Float32, Float64, Int32, UInt8
+from jaxtyping import Float16, Float32, Float64, Int32, Shaped, UInt8
 from PIL import Image
 
 from data.labels import IGNORE
@@ -255,24 +255,30 @@ def read_ply(path: str | os.PathLike) -> Scene:
     def stacked(*names: str) -> np.ndarray | None:
         return np.stack([columns[n] for n in names], axis=1) if all(n in columns for n in names) else None
 
-    points = stacked("x", "y", "z")
-    with np.errstate(invalid="ignore", over="ignore"):  # Scene refuses values that are not finite
-        rounding = np.abs(points - points.astype(np.float32).astype(np.float64))
-    if (rounding > 1e-3).any():
-        raise ValueError(
-            f"{path}: x, y, z lie so far out that float32 moves points by up to {rounding.max():.2g} m; "
-            "subtract a local origin first"
-        )
+    points = in_float32(path, stacked("x", "y", "z"))
     normals = stacked("nx", "ny", "nz")
     try:
         return Scene(
             name=path.stem,
-            points=points.astype(np.float32),
+            points=points,
             colors=_colors_to_uint8(stacked("red", "green", "blue")),
             normals=None if normals is None else normals.astype(np.float32),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def in_float32(path: Path, points: Shaped[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
+    """The points of a file in single precision; ValueError where that would move one by over a millimetre."""
+    with np.errstate(invalid="ignore", over="ignore"):  # Scene refuses values that are not finite
+        rounded = points.astype(np.float32)
+        rounding = np.abs(points - rounded.astype(np.float64))
+    if (rounding > 1e-3).any():
+        raise ValueError(
+            f"{path}: x, y, z lie so far out that float32 moves points by up to {rounding.max():.2g} m; "
+            "subtract a local origin first"
+        )
+    return rounded
 
 
 def _colors_to_uint8(colors: np.ndarray | None) -> UInt8[np.ndarray, "N 3"] | None:

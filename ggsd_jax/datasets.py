@@ -256,7 +256,7 @@ def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
             f"val.txt lists {unknown[0]!r}, which is not in {config.data.root}; there: {', '.join(clouds)}"
         )
     readers = {
-        name: functools.partial(_read_own, name, path, config.data.scale, config.data.depth_units)
+        name: functools.partial(_read_own, name, path, config.data.scale or None, config.data.depth_units)
         for name, path in clouds.items()
     }
     splits = {
@@ -266,11 +266,11 @@ def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     return {split: scenes for split, scenes in splits.items() if scenes}
 
 
-def _read_own(name: str, path: Path, scale: float, depth_units: float) -> RawScene:
+def _read_own(name: str, path: Path, scale: float | None, depth_units: float) -> RawScene:
     scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
     if scene.features is not None:
         return RawScene(scene, views=(), border=0)
-    views = folder.read_views(path, scene, scale, depth_units)
+    views = folder.read_views(path, scene, scale or 1.0, depth_units)
     if views is None and scene.labels is None:
         raise LeftOut(f"it has neither images nor labels to simulate them from; expected:{folder.LAYOUT}")
     return RawScene(scene, _look_around(path, scene) if views is None else views, border=0)

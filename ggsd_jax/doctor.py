@@ -3,12 +3,14 @@
   python -m ggsd_jax.doctor
   python -m ggsd_jax.doctor out/demo room.ply /data/scannet clip_scannet20.npz scannet_openseg.pth.tar
 
-A path may be a model, a scan or a folder of scans, ScanNet, a text encoder, or an OpenScene checkpoint. The exit status
-is 1 if a line says FAIL. Lines that say "note" cost speed or room, nothing else.
+A path may be a model, a scan or a folder of scans, a data set (ScanNet, Matterport3D, nuScenes, SemanticKITTI, Replica,
+a folder of your own), a text encoder, LSeg's or an OpenScene checkpoint. The exit status is 1 if a line says FAIL.
+Lines that say "note" cost speed, room or convenience, nothing else.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -70,6 +72,13 @@ def packages(requirements: Path = ROOT / "requirements.txt", installed: Callable
         yield Check("note", f"other versions than tested: {', '.join(other)}", "pip install -r requirements.txt")
     if not missing and not other:
         yield Check("ok", f"all {count} packages as pinned")
+
+
+def viewer() -> Check:
+    """Whether the viewer's extra is there."""
+    if importlib.util.find_spec("viser") is None:
+        return Check("note", "viser is not installed: no ggsd_jax.viewer", "pip install viser==1.1.1")
+    return Check("ok", "viser is there, for ggsd_jax.viewer")
 
 
 def devices() -> Iterator[Check]:
@@ -144,17 +153,29 @@ def memory(size: float | None = None) -> Check:
     return Check("ok", f"{size:.0f} GB of memory")
 
 
+class Kind(NamedTuple):
+    """Something a path may be."""
+
+    holds: Callable[[Path], bool]
+    describe: Callable[[Path], str]
+    """What is to be said of it; raises where it is broken."""
+    advice: str
+    """What to do where it is broken."""
+
+
 def path(given: Path) -> Check:
-    """What a path holds, and whether it can be read whole."""
+    """What a path holds, and whether it can be read."""
     if not given.exists():
-        return Check("FAIL", f"{given}: there is no such file or folder", "mistyped?")
+        return Check("FAIL", f"{given}: there is no such file or folder", "is it mistyped, or on a disk not mounted?")
+    advice = "name a path of a kind that --help lists: the folder itself, not one above or inside it"
     try:
-        for holds, describe in _KINDS:
-            if holds(given):
-                return Check("ok", f"{given}: {describe(given)}")
+        for kind in KINDS:
+            if kind.holds(given):
+                advice = kind.advice
+                return Check("ok", f"{given}: {kind.describe(given)}")
     except Exception as error:  # whatever is wrong with a file belongs in the report
-        return Check("FAIL", f"{given}: {type(error).__name__}: {error}")
-    return Check("FAIL", f"{given}: neither a model, a scan, ScanNet, a text encoder nor an OpenScene checkpoint")
+        return Check("FAIL", f"{given}: {type(error).__name__}: {error}", advice)
+    return Check("FAIL", f"{given}: neither a model, scans, a data set, a text encoder nor a checkpoint", advice)
 
 
 def _model(given: Path) -> str:
@@ -173,6 +194,13 @@ def _openscene(given: Path) -> str:
 
     info = openscene.load_checkpoint(given)[1]
     return f"an OpenScene checkpoint, {info['arch']}, {info['out_channels']} channels (see ggsd_jax.export)"
+
+
+def _lseg(given: Path) -> str:
+    from ggsd_jax.vision_language import lseg
+
+    lseg.load(given)
+    return "LSeg's weights (teacher.name=lseg)"
 
 
 def _encoder(given: Path) -> str:
@@ -197,37 +225,107 @@ def _holds_embeddings(given: Path) -> bool:
         return "embedding" in archive.files
 
 
+def _is_cloud(given: Path) -> bool:
+    from data.folder import CLOUD_SUFFIXES
+
+    return given.suffix.lower() in CLOUD_SUFFIXES and given.is_file()
+
+
 def _scans(given: Path) -> str:
     from ggsd_jax import query
 
     files = query.scene_files([given])
     points = len(query.read_scene(files[0]).points)
-    return f"{len(files)} scan{'s' if len(files) > 1 else ''}, the first of {points:,} points"
+    return f"{_count(len(files), 'scan')}, the first of {points:,} points"
+
+
+def _own(given: Path) -> str:
+    from data import folder
+
+    clouds = folder.find_scenes(given)
+    first = folder.read_cloud(next(iter(clouds.values())))
+    with_images = sum((cloud.parent / "images").is_dir() for cloud in clouds.values())
+    points = len(first.points)
+    return f"{_count(len(clouds), 'scene')} of your own, {with_images} with images, the first of {points:,} points"
 
 
 def _scannet(given: Path) -> str:
     names = [name for split in ("train", "val") for name in (given / f"scannetv2_{split}.txt").read_text().split()]
     there = sum((given / "scans" / name).is_dir() or (given / f"{name}.npz").is_file() for name in names)
     if not there:
-        raise FileNotFoundError(f"none of its {len(names)} scenes is there; configs/scannet.py says how it must look")
+        raise FileNotFoundError(f"none of its {len(names)} scenes is there")
     return f"ScanNet, {there} of {len(names)} scenes"
 
 
-_KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], str]]] = [
-    (lambda p: (p / "model.json").is_file() or (p / "model" / "model.json").is_file(), _model),
-    (lambda p: p.name.endswith((".pth.tar", ".pth", ".pt")), _openscene),
-    (lambda p: any((p / f"scannetv2_{split}.txt").is_file() for split in ("train", "val")), _scannet),
-    (_holds_embeddings, _encoder),
-    (lambda p: p.suffix in (".ply", ".npz") or any([*p.glob("*.ply"), *p.glob("*.npz")]), _scans),
-    (lambda p: p.is_dir() and any(p.iterdir()), _encoder),
+def _nuscenes(given: Path) -> str:
+    missing = [part for part in ("samples", "lidarseg") if not (given / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{' and '.join(missing)} missing beside its tables")
+    return f"nuScenes, {', '.join(sorted(table.parent.name for table in given.glob('v1.0-*/sample.json')))}"
+
+
+def _semantickitti(given: Path) -> str:
+    scans = len([*given.glob("sequences/*/velodyne/*.bin")])
+    if not scans:
+        raise FileNotFoundError("no sequences/<number>/velodyne/*.bin")
+    return f"SemanticKITTI, {_count(scans, 'scan')}"
+
+
+def _replica(given: Path) -> str:
+    from data import replica
+
+    return f"Replica, {_count(len(replica.scenes(given)), 'scene')}"
+
+
+def _has_replica(given: Path) -> bool:
+    from data import replica
+
+    return bool(replica.scenes(given))
+
+
+_LOOKS = "configs/{}.py says how the folder must look"
+KINDS = [
+    Kind(
+        lambda p: (p / "model.json").is_file() or (p / "model" / "model.json").is_file(),
+        _model,
+        "export it again; its file of embeddings or CLIP's folder must be where it says",
+    ),
+    Kind(lambda p: p.name.endswith((".pth.tar", ".pth", ".pt")), _openscene, "download it again, or name another"),
+    Kind(lambda p: p.suffix == ".ckpt", _lseg, "download demo_e200.ckpt of isl-org/lang-seg again"),
+    Kind(
+        lambda p: any((p / f"scannetv2_{split}.txt").is_file() for split in ("train", "val")),
+        _scannet,
+        _LOOKS.format("scannet"),
+    ),
+    Kind(lambda p: any(p.glob("v1.0-*/sample.json")), _nuscenes, _LOOKS.format("nuscenes")),
+    Kind(lambda p: (p / "sequences").is_dir(), _semantickitti, _LOOKS.format("nuscenes")),
+    Kind(
+        lambda p: any(p.glob("*/region_segmentations")),
+        lambda p: f"Matterport3D, {_count(len([*p.glob('*/region_segmentations')]), 'building')}",
+        _LOOKS.format("matterport"),
+    ),
+    Kind(_has_replica, _replica, _LOOKS.format("replica")),
+    Kind(_holds_embeddings, _encoder, "BUILD.md, 2D networks and text, says what the file holds"),
+    Kind(lambda p: any(map(_is_cloud, [p, *p.glob("*")])), _scans, "mend the file as the line says, or leave it out"),
+    Kind(lambda p: any(map(_is_cloud, p.glob("*/*"))), _own, _LOOKS.format("folder")),
+    Kind(
+        lambda p: p.is_dir() and any(p.iterdir()),
+        _encoder,
+        "if it is meant as CLIP's folder, BUILD.md, 2D networks and text, says what it holds",
+    ),
 ]
-"""In this order: does a path hold it, and what is to be said of it. Other folders may be a text encoder's."""
+"""In this order: the first that a path holds is what is said of it."""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def examine(paths: list[Path]) -> Iterator[Check]:
     """Every line of the report, as it is found out."""
     yield python()
     yield from packages()
+    yield viewer()
     yield from devices()
     yield memory()
     yield disk()

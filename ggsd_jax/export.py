@@ -1,5 +1,6 @@
 """Writes a trained network as a folder to take along: weights, all it takes to use them, and a model card.
 
+  python -m ggsd_jax.export --model=out/demo                   writes out/export/demo
   python -m ggsd_jax.export --model=out/demo shipped/demo
   python -m ggsd_jax.export --openscene=scannet_openseg.pth.tar --text_encoder=clip_vitl14_336.npz shipped/openscene
 
@@ -34,6 +35,7 @@ _LICENCES = {
     "scannet": "ScanNet Terms of Use: non-commercial research and education only.",
     "matterport": "Matterport3D Terms of Use: non-commercial academic use only.",
     "nuscenes": "nuScenes Terms of Use (CC BY-NC-SA 4.0): non-commercial use only.",
+    "semantickitti": "SemanticKITTI and KITTI: CC BY-NC-SA, non-commercial use only.",
     "replica": "Replica Research Terms: non-commercial research only.",
 }
 _UNKNOWN_LICENCE = "Not known here: ask those who recorded the data before you pass this model on."
@@ -72,6 +74,7 @@ def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS,
         info["text_encoder"] = encoder.name
     net = inference.network(model.variables, info["arch"])
     programs = {bucket: portable.serialize(net, model.variables, bucket) for bucket in buckets}
+    out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.with_name(out.name + ".part")
     try:
         checkpoint.save_model(staged, model.variables, info)
@@ -230,10 +233,18 @@ def main(argv: list[str] | None = None) -> None:
             if args.text_encoder is None:
                 raise ValueError("--openscene needs --text_encoder: CLIP's folder or an .npz of embeddings")
             model, run = from_openscene(args.openscene, args.text_encoder, args.voxel_size, args.label_set), None
-        write(args.out, model, tuple(args.buckets), run)
+        out = args.out or _default_out(args.model or args.openscene)
+        write(out, model, tuple(args.buckets), run)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    print(f"written: {args.out}/  (read MODEL_CARD.md; inference.load takes the folder)")
+    print(f"written: {out}/  (read MODEL_CARD.md; inference.load takes the folder)")
+
+
+def _default_out(source: Path) -> Path:
+    """Named after a run, an export or a checkpoint."""
+    named = source.absolute()
+    named = named.parent if named.name == "model" else named
+    return Path("out/export") / named.name.removesuffix(".pth.tar")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -244,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--model", type=Path, help="work directory of a run, or its model/ folder")
     source.add_argument("--openscene", type=Path, help="an OpenScene checkpoint (.pth.tar)")
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="the folder to write")
+    add("out", type=Path, metavar="OUT", nargs="?", help="the folder to write (out/export/NAME of what is exported)")
     add("--text_encoder", help="of an OpenScene checkpoint: CLIP's folder, or an .npz of embeddings")
     add("--voxel_size", type=float, help="metres; of an OpenScene checkpoint of another name")
     add("--label_set", help="the same; a name of data/labels.py or a .txt file")

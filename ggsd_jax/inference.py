@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Float32, Int32, UInt8
+from tqdm import tqdm
 
 from ggsd_jax import checkpoint
 from ggsd_jax.losses import MIN_NORM
@@ -178,6 +179,10 @@ class Model:
         """Unit rows of words under the text encoder the network learned to agree with."""
         return text.embed(list(words), encoder=self.info["text_encoder"], prompt=self.info["prompt"])
 
+    def without_meaning(self, words: Sequence[str]) -> list[str]:
+        """Those of some words that the text encoder knows nothing of; the demo's is a short table of concepts."""
+        return text.without_meaning(words, self.info["text_encoder"])
+
     def contrast(self, negatives: Sequence[str] = ()) -> Float32[np.ndarray, "_ C"]:
         """What a query has to beat: "anything" (the mean of the classes of training), then the negatives."""
         anything = unit(self.embed(self.info["classes"]).mean(axis=0, keepdims=True))
@@ -216,6 +221,8 @@ class Model:
         # Largest first: all batches then share its shapes, and one compiled program.
         parts.sort(key=lambda part: -len(part[1].rows))
         shapes: dict[str, int] = {}
+        voxels = sum(len(tile.rows) for _, tile in parts)
+        bar = tqdm(total=voxels, desc="encode", unit="voxel", unit_scale=True, delay=5, leave=False, dynamic_ncols=True)
         while parts:
             room, batch = self.max_voxels, []
             while parts and len(parts[0][1].rows) <= room and len(batch) < BATCH_LIMIT:
@@ -229,9 +236,11 @@ class Model:
             shapes = {"bucket": pyramid.bucket, "spread": pyramid.spread}
             inputs = np.concatenate([feats[i][tile.rows] for i, tile in batch])
             features = _forward(model, self.variables, inputs, pyramid)
+            bar.update(len(inputs))
             for i, tile in batch:
                 own, features = features[: len(tile.rows)], features[len(tile.rows) :]
                 yield i, tile.rows[tile.core], own[tile.core]
+        bar.close()
 
 
 def unit(rows: Float32[np.ndarray, "N C"]) -> Float32[np.ndarray, "N C"]:

@@ -1,7 +1,7 @@
 """Asks scans for anything in words, or labels all of their points; prints, paints and stores the answer.
 
-  python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "somewhere to sleep"
-  python -m ggsd_jax.query --model=out/demo --scene=scans/ "piano"               which room has one?
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "soft seat"
+  python -m ggsd_jax.query --model=out/demo --scene=scans/ "bathtub"             which room has one?
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       or --labels=words.txt
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.folder import CLOUD_SUFFIXES, read_file
+from data.folder import CLOUD_SUFFIXES, UNITS, check_metres, in_metres, read_file
 from data.labels import LABEL_SETS, LabelSet
 from data.ply import replacing, write_ply
 from data.scene import Scene, read_ply
@@ -35,9 +35,7 @@ from kernels.voxel_grid import kernel_map, voxelize
 
 THRESHOLD = 0.5
 MIN_POINTS = 20  # a region of fewer is a speck
-UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 _READERS = dict.fromkeys(CLOUD_SUFFIXES, read_file) | {".ply": read_ply}  # whose labels need not be classes
-_TALLEST, _WIDEST = 100.0, 2000.0  # metres; of a scan that is believed to be in metres
 
 # ------------------------------------------------------------------------------------------------- the answer
 
@@ -132,24 +130,9 @@ def read_scene(path: Path, unit: str | None = None) -> Scene:
     """
     scene = _READERS[path.suffix.lower()](path)
     if unit is None:
-        check_metres(path, scene.points)
+        check_metres(path, scene.points, "--unit={unit}")
         return scene
-    if UNITS[unit] == 1:
-        return scene
-    points = (scene.points.astype(np.float64) * UNITS[unit]).astype(np.float32)
-    return Scene(**{**vars(scene), "points": points})
-
-
-def check_metres(path: Path, points: Float32[np.ndarray, "N 3"]) -> None:
-    """Raises ValueError where a scan is too large for metres; one point in a hundred may lie far out."""
-    width, depth, height = np.ptp(np.quantile(points, [0.005, 0.995], axis=0), axis=0)
-    if height <= _TALLEST and max(width, depth) <= _WIDEST:
-        return
-    guess = "mm" if max(width, depth, height) > 1000 else "cm"
-    raise ValueError(
-        f"{path}: {width:.5g} x {depth:.5g} x {height:.5g} m is large for a scan. Is it in "
-        f"{'millimetres' if guess == 'mm' else 'centimetres'}? Say --unit={guess}; or --unit=m if it is in metres"
-    )
+    return in_metres(scene, UNITS[unit])
 
 
 def word_list(name: str) -> LabelSet:
@@ -273,14 +256,16 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 def run(args: argparse.Namespace) -> None:
     args.words = [" ".join(word.split()) for word in args.words]
     if bool(args.words) == bool(args.labels):
-        raise ValueError('say what to look for, e.g. "chair" "somewhere to sleep", or --labels=nyu40 (one of the two)')
+        raise ValueError('say what to look for, e.g. "chair" "soft seat", or --labels=nyu40 (one of the two)')
+    if args.labels and args.without:
+        raise ValueError("--without is held against a query: it says nothing about --labels")
     if not all([*args.words, *args.without]):
         raise ValueError("a query is empty: name a thing to look for")
     if not 0 < args.threshold < 1:
@@ -289,20 +274,33 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--top={args.top}: list at least one region")
     labels = word_list(args.labels) if args.labels else None
     files = scene_files(args.scene)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out={args.out} is a file: name a folder")
     for file in files:
         if file.resolve().parent == args.out.resolve():
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)
-    found = {}
+    for word in model.without_meaning([*args.words, *args.without]):
+        print(f'note: the stand-in for CLIP that this model was trained with knows no word of "{word}"')
+    found, left_out = {}, []
     for file in files:
-        scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+        try:
+            scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+        except ValueError as error:  # one bad scan does not end a search through many
+            if len(files) == 1:
+                raise
+            left_out.append(str(error))
+            continue
         if labels is None:
             found[scene.name] = answer(model, scene, args)
         else:
             label(model, scene, labels, args)
     if len(found) > 1:
         rank(found, args.words, args.top)
+    if left_out:
+        problems = "\n".join(left_out)
+        raise ValueError(f"{len(left_out)} of {len(files)} scans left out:\n{problems}")
     print(f"\nwritten: {args.out}/  (.ply coloured, .npz scores, .png picture of each scan)")
 
 

@@ -76,14 +76,19 @@ def side_by_side(
     """Writes one PNG with a titled panel per colouring and a legend below."""
     font = ImageFont.load_default(size=16)
     width, height, margin = 480, 420, 28
-    per_row = 8
+    canvas_width = width * len(panels)
+    longest = max((font.getlength(name) for name in legend), default=0)
+    per_row = int(np.clip(canvas_width // (longest + 44), 1, 8))
     legend_rows = -(-len(legend) // per_row)
-    canvas = Image.new("RGB", (width * len(panels), margin + height + 26 * legend_rows + 8), "white")
+    canvas = Image.new("RGB", (canvas_width, margin + height + 26 * legend_rows + 8), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (title, colors) in enumerate(panels.items()):
         canvas.paste(Image.fromarray(render(points, colors, width, height)), (i * width, margin))
-        draw.text((i * width + 12, 5), title.replace("_", " "), fill="black", font=font)
-    step = canvas.width // per_row
+        title = title.replace("_", " ")
+        while font.getlength(title) > width - 24:
+            title = title[:-4] + "…"
+        draw.text((i * width + 12, 5), title, fill="black", font=font)
+    step = canvas_width // per_row
     for i, (name, color) in enumerate(legend.items()):
         x, y = (i % per_row) * step + 12, margin + height + 26 * (i // per_row) + 4
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(c) for c in color))

@@ -76,6 +76,10 @@ class Answers:
             contrast = np.concatenate([contrast, self._features @ self.model.embed(without).T], axis=1)
         return relevancy(self._features @ self.model.embed([words]).T, contrast)[self._voxel, 0]
 
+    def knows_nothing_of(self, words: str) -> bool:
+        """Whether the text encoder knows no word of a query."""
+        return bool(self.model.without_meaning([words]))
+
     def similar(self, point: int) -> Float32[np.ndarray, " N"]:
         """Score of each point for what a point is: over 1/2 where it is nearer to that point than to "anything"."""
         own = self._features[self._voxel[point]]
@@ -252,7 +256,8 @@ class Page:
         self.scores = self.answers.ask(words, [part for part in without if part])
         share = float((self.scores > self.threshold.value).mean())
         took = 1000 * (time.perf_counter() - start)
-        self._say(f'"{words}": {share:.1%} of the points, best score {self.scores.max():.2f} ({took:.0f} ms)')
+        unknown = ". This model's stand-in for CLIP knows no word of it" if self.answers.knows_nothing_of(words) else ""
+        self._say(f'"{words}": {share:.1%} of the points, best score {self.scores.max():.2f} ({took:.0f} ms){unknown}')
         self._show(HEAT)
 
     def click(self, event: Any) -> None:

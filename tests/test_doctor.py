@@ -76,4 +76,32 @@ def test_every_broken_path_fails_with_the_reason(shared, tmp_path, capsys):
     assert status == 1
     for says in ("lost: there is no such", "cut.ply: ValueError", "none of its 1 scenes", "notes.txt: neither a model"):
         assert says in printed
+    lines = printed.splitlines()
+    failing = [i for i, line in enumerate(lines) if line.startswith("FAIL")]
+    assert len(failing) >= 4 and all(lines[i + 1].startswith("      -> ") for i in failing)
     assert "OpenScene checkpoint, MinkUNet18A, 96 channels" in printed
+
+
+def test_data_sets_and_scans_of_every_kind_are_told_apart(tmp_path):
+    def made(*parts: str) -> None:
+        for part in parts:
+            (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / part).write_text("0 0 0\n")
+
+    made("nu/v1.0-mini/sample.json", "nu/samples/x", "nu/lidarseg/x", "kitti/sequences/00/velodyne/000000.bin")
+    made("mp/17DRP/region_segmentations/region0.ply", "rep/office0_mesh.ply", "scans/a.XYZ", "scans/b.xyz")
+    made("own/kitchen/cloud.xyz", "own/kitchen/images/a.jpg", "own/hall/cloud.xyz", "bad/sequences/00/x")
+    expected = {
+        "nu": "nuScenes, v1.0-mini",
+        "kitti": "SemanticKITTI, 1 scan",
+        "mp": "Matterport3D, 1 building",
+        "rep": "Replica, 1 scene",
+        "scans": "2 scans, the first of 1 points",
+        "own": "2 scenes of your own, 1 with images, the first of 1 points",
+    }
+    checks = {name: doctor.path(tmp_path / name) for name in expected}
+    assert {name: check.what for name, check in checks.items()} == {
+        n: f"{tmp_path / n}: {w}" for n, w in expected.items()
+    }
+    broken = doctor.path(tmp_path / "bad")
+    assert broken.state == "FAIL" and "nuscenes.py" in broken.advice

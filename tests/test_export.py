@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -100,6 +101,17 @@ def test_an_export_replaces_an_export_and_nothing_else(model_dir, tmp_path):
     with pytest.raises(FileExistsError, match="holds no model"):
         export.write(tmp_path / "precious", inference.load(model_dir), ())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+
+
+def test_a_folder_to_write_need_not_be_named(model_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rooms").mkdir()
+    (tmp_path / "rooms" / "model").symlink_to(model_dir)
+    monkeypatch.chdir(tmp_path)
+    for model in ("rooms", "rooms/model"):
+        export.main([f"--model={model}", "--buckets", "128"])
+        assert "written: out/export/rooms/" in capsys.readouterr().out
+    assert inference.load(tmp_path / "out/export/rooms").info["voxel_size"] == 0.1
+    assert export._default_out(Path("x/scannet_lseg.pth.tar")) == Path("out/export/scannet_lseg")
 
 
 def test_an_openscene_checkpoint_converts_in_one_command(shared, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import runpy
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_the_same_cloud_is_read_from_every_kind_of_file(tmp_path, suffix):
         ("# nothing\n", "holds no points"),
         ("1 2 3 4 5 256\n", "colors of point 0 are .*expected 0..255"),
         ("1 2 nan\n", "points row 0 is"),
+        ("451234.5678 5412345.678 210.5\n", "float32 moves points by up to .* subtract a local origin"),
     ],
 )
 def test_a_text_cloud_that_is_none_is_named(tmp_path, text, message):
@@ -95,15 +97,28 @@ def test_colors_of_a_text_cloud_may_be_shares_of_one(tmp_path):
     assert folder.read_cloud(tmp_path / "a.xyz").colors.tolist() == [[255, 128, 0]]
 
 
-def test_a_scan_in_millimetres_is_noticed(tmp_path):
+@pytest.mark.parametrize("factor", [1000, 100, 0.001])
+def test_a_scan_that_is_not_in_metres_is_questioned_unless_its_scale_is_stated(tmp_path, factor):
     room = np.concatenate([POINTS, POINTS + np.array([0, 0, 2.5], np.float32)])
-    write_ply(tmp_path / "a.ply", room * 1000)
-    with pytest.raises(ValueError, match="a.ply: the cloud measures .* millimetres. .* data.scale=0.001"):
+    write_ply(tmp_path / "a.ply", room * factor)
+    with pytest.raises(ValueError, match="a.ply: .* m is (large|small) for a scan.* data.scale=1"):
         folder.read_cloud(tmp_path / "a.ply")
-    np.testing.assert_allclose(folder.read_cloud(tmp_path / "a.ply", scale=0.001).points, room, atol=1e-6)
-    write_ply(tmp_path / "a.ply", room / 1000)
-    with pytest.raises(ValueError, match="a.ply: the cloud measures 0.00.*data.scale is 1 metres to the unit"):
-        folder.read_cloud(tmp_path / "a.ply")
+    np.testing.assert_allclose(folder.read_cloud(tmp_path / "a.ply", scale=1 / factor).points, room, atol=1e-6)
+    assert np.ptp(folder.read_cloud(tmp_path / "a.ply", scale=1.0).points) == pytest.approx(4 * factor, rel=0.01)
+
+
+def test_the_question_shows_the_scan_in_every_unit(tmp_path):
+    corners = np.array([[0, 0, 0], [4000, 3000, 2400]], np.float32).repeat(100, axis=0)
+    with pytest.raises(ValueError, match=re.escape("data.scale=0.001 (4 x 3 x 2.4 m)")):
+        folder.check_metres(tmp_path, corners, "data.scale={scale:g}")
+    with pytest.raises(ValueError, match=re.escape("--unit=cm (40 x 30 x 24 m)")):
+        folder.check_metres(tmp_path, corners, "--unit={unit}")
+
+
+def test_a_large_place_with_stray_points_is_believed_to_be_in_metres(tmp_path):
+    points = np.random.default_rng(0).uniform(0, 1, (2000, 3)).astype(np.float32) * np.float32([500, 500, 30])
+    points[7] = 90_000
+    folder.check_metres(tmp_path, points, "")
 
 
 def test_labels_that_are_no_ids_are_refused(tmp_path):

@@ -76,6 +76,18 @@ def test_a_query_prints_regions_ranks_scenes_and_stores_the_answer(model_dir, fo
         assert image.width == 4 * 480  # input, found, and a heat map for each query
 
 
+def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model_dir, folder, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.ply").write_text("ply\nformat ascii 1.0\n")
+    (scans / "b.npz").write_bytes((folder / "b.npz").read_bytes())
+    with pytest.raises(SystemExit, match="1 of 2 scans left out:\n.*a.ply"):
+        ask(model_dir, f"--scene={scans}", "chair", "piano", f"--out={tmp_path / 'out'}")
+    printed = capsys.readouterr().out
+    assert "b: 900 points" in printed and (tmp_path / "out/b.ply").is_file()
+    assert 'knows no word of "piano"' in printed and 'word of "chair"' not in printed
+
+
 @pytest.mark.parametrize("labels", ["scannet20", "words.txt"])
 def test_every_point_gets_a_label_of_a_set_or_of_a_file(model_dir, folder, tmp_path, capsys, labels):
     if labels == "words.txt":
@@ -92,16 +104,10 @@ def test_every_point_gets_a_label_of_a_set_or_of_a_file(model_dir, folder, tmp_p
 def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, factor):
     points = np.random.default_rng(0).uniform(0, 1, (500, 3)).astype(np.float32) * [4, 3, 2.4]
     Scene("room", (points * factor).astype(np.float32)).save_npz(tmp_path / "room.npz")
-    with pytest.raises(ValueError, match=f"Say --unit={unit}"):
+    with pytest.raises(ValueError, match=f"large for a scan.* --unit={unit} "):
         query.read_scene(tmp_path / "room.npz")
     np.testing.assert_allclose(query.read_scene(tmp_path / "room.npz", unit).points, points, atol=1e-5)
     assert query.read_scene(tmp_path / "room.npz", "m").points.max() > 100
-
-
-def test_a_large_place_with_stray_points_is_believed_to_be_in_metres(tmp_path):
-    points = np.random.default_rng(0).uniform(0, 1, (2000, 3)).astype(np.float32) * np.float32([500, 500, 30])
-    points[7] = 90_000
-    query.check_metres(tmp_path, points)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,8 @@ def test_a_large_place_with_stray_points_is_believed_to_be_in_metres(tmp_path):
         (["--scene={folder}/a.ply", "--labels=lost.txt"], "lost.txt: no such list"),
         (["--scene={folder}/a.ply", "chair", "--threshold=50"], "between 0 and 1"),
         (["--scene={folder}", "chair", "--out={folder}"], "would be overwritten"),
+        (["--scene={folder}", "chair", "--out={folder}/a.ply"], "a.ply is a file: name a folder"),
+        (["--scene={folder}/a.ply", "--labels=nyu40", "--without=lamp"], "nothing about --labels"),
         (["--scene=pyproject.toml", "chair"], "expected a .ply or .pcd or .npz or .xyz file"),
         (["--scene={folder}/a.ply", "chair", "--model=tests"], "holds no model"),
     ],

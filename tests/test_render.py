@@ -23,6 +23,17 @@ def test_panels_stand_side_by_side_over_a_legend(tmp_path):
         assert image.width == 2 * 480 and image.height > 420
 
 
+def test_long_names_have_room_in_the_legend_and_long_titles_stay_over_their_panel(tmp_path):
+    points = np.random.default_rng(0).random((500, 3))
+    grey, black = np.full((500, 3), 120, np.uint8), np.zeros(3, np.uint8)
+    side_by_side(tmp_path / "short.png", points, {"a": grey}, {f"{i}": black for i in range(8)})
+    side_by_side(tmp_path / "long.png", points, {"a" * 300: grey, "b": grey}, {f"{i}" * 30: black for i in range(8)})
+    with Image.open(tmp_path / "short.png") as short, Image.open(tmp_path / "long.png") as long:
+        assert long.height > short.height  # fewer names in a row
+        title = np.asarray(long.convert("L"))[:27]
+    assert (title[:, 460:490] == 255).all() and (title[:, 12:440] < 128).any()
+
+
 def test_heat_grows_brighter_and_distinct_colors_differ():
     assert (np.diff(heat(np.linspace(0, 1, 50)).sum(axis=1).astype(int)) > 0).all()
     assert len(np.unique(distinct_colors(60), axis=0)) == 60 and distinct_colors(0).shape == (0, 3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.labels import LABEL_SETS
 from data.synthetic import SYNTHETIC
 from ggsd_jax.vision_language.clip import TextEncoder
-from ggsd_jax.vision_language.text import check_space, embed, space
+from ggsd_jax.vision_language.text import check_space, embed, space, without_meaning
 
 
 def cosines(labels, **kwargs):
@@ -195,3 +195,10 @@ def test_real_weights_give_the_real_embeddings(shared, name):
     real = embed(classes, encoder=files[0])
     cosines = np.sum(embed(classes, encoder=folder, prompt="{}") * real, axis=1)
     assert cosines.min() > 0.9999  # the files hold half precision
+
+
+def test_the_stand_in_says_which_words_mean_nothing_to_it(tmp_path):
+    assert without_meaning(["Chairs", "coffee_table", "somewhere soft", "piano", "xyz zyx"]) == ["piano", "xyz zyx"]
+    assert without_meaning(SYNTHETIC.classes) == []
+    np.savez(tmp_path / "a.npz", embedding=np.eye(2), names=["piano", "wall"])
+    assert without_meaning(["piano"], tmp_path / "a.npz") == []

@@ -138,6 +138,17 @@ def test_what_is_wrong_is_said_in_one_line(model_dir, scene, tmp_path, arguments
         viewer.main([a.format(model=model_dir, scans=tmp_path) for a in arguments])
 
 
+def test_other_machines_and_other_files_are_out_of_reach(address):
+    port = int(address.rsplit(":", 1)[1])
+    with pytest.raises(ConnectionRefusedError):  # what listens on every interface answers here too
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+    for path in ("/../../../../../../etc/passwd", "/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            reply = connection.makefile("rb").read()
+        assert b"root:" not in reply and reply.startswith(b"HTTP/1.1 ")
+
+
 # --------------------------------------------------------------------------------------- in a real browser
 
 

@@ -83,6 +83,15 @@ def embed(
     return _clip_rows(folder_or_file, tuple(sentences)).copy()
 
 
+def without_meaning(labels: Sequence[str], encoder: str | Path = STAND_IN) -> list[str]:
+    """The labels of which the encoder knows no word: the stand-in gives them rows that are near to nothing."""
+    if _kind(encoder)[0] != "stand-in":
+        return []
+    known = " ".join(_CONCEPTS.values()).split()
+    words = {label: _normal(label).replace("-", " ").split() for label in labels}
+    return [label for label, parts in words.items() if not any(_is_form(word, known) for word in parts)]
+
+
 def space(encoder: str | Path) -> str:
     """The space that an encoder embeds in: a model's name, for CLIP's own weights with their checksum.
 
