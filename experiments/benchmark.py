@@ -30,7 +30,7 @@ from data.superpoints import vccs
 from data.synthetic import generate_room
 from ggsd_jax.minkunet import MinkUNet, architecture
 from kernels import voxel_grid
-from kernels.sparse_conv.bench import measure_peaks, time_convolution, timed
+from kernels.sparse_conv.bench import measure_peaks, time_convolution, timed, voxels_of
 from kernels.sparse_conv.shapes import Problem
 
 ROOT = Path(__file__).parent
@@ -47,7 +47,7 @@ def convolutions(sizes: list[int], dtype: str) -> list[dict]:
         problems = [Problem(voxels, 3, channels, channels) for channels in (32, 96, 256)]
         problems += [Problem(voxels, 5, 3, 32), Problem(voxels, 2, 32, 32), Problem(voxels, 2, 96, 96, True)]
         for problem in problems:
-            coords = problem.coords()
+            coords = voxels_of(problem)
             row = time_convolution(coords, problem, dtype, peaks)
             peer = spconv(coords, problem) if spconv and problem.kernel_size == 3 else (None, None)
             for what, ours, best, theirs in (
@@ -91,7 +91,7 @@ def host_work(sizes: list[int]) -> list[dict]:
     """What the loader's workers and the preparation do, on one thread."""
     rows = []
     for voxels in sizes:
-        coords = Problem(voxels, 3, 1, 1).coords()
+        coords = voxels_of(Problem(voxels, 3, 1, 1))
         points = (coords[:, 1:] + 0.5) * 0.02
         rows.append(_row(f"voxelize, {voxels:,} points", voxels, timed(voxel_grid.voxelize, points, 0.02)))
         rows.append(
@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     sizes = options.voxels or ([20_000, 100_000] if on_cpu else [20_000, 100_000, 300_000, 1_000_000])
-    clouds = {voxels: Problem(voxels, 3, 1, 1).coords() for voxels in sizes}
+    clouds = {voxels: voxels_of(Problem(voxels, 3, 1, 1)) for voxels in sizes}
     recorded = {}
     if options.golden:
         with np.load(options.golden / "perf_rooms.npz") as rooms:

@@ -87,6 +87,12 @@ def convolution_work(kernel_map: KernelMap, in_channels: int, out_channels: int,
     return forward, Work(3 * forward.operations, 3 * forward.bytes)
 
 
+def voxels_of(problem: Problem) -> Int32[np.ndarray, "N 4"]:
+    """A problem's voxels in the order in which `voxel_grid.voxelize` gives those of a cloud, (batch, x, y, z)."""
+    coords = problem.coords()
+    return coords[np.lexsort(coords.T[::-1])]
+
+
 class Row(NamedTuple):
     """One line of the table, times in seconds."""
 
@@ -168,7 +174,9 @@ class KernelTimer:
 
     def __init__(self, key: Key, problem: Problem):
         self.key, self.problem = key, problem
-        kernel_map, _ = voxel_grid.kernel_map(problem.coords(), kernel_size=problem.kernel_size, stride=problem.stride)
+        kernel_map, _ = voxel_grid.kernel_map(
+            voxels_of(problem), kernel_size=problem.kernel_size, stride=problem.stride
+        )
         rows_in, rows_out = kernel_map.num_in, kernel_map.num_out
         if problem.transposed:
             rows_in, rows_out = rows_out, rows_in
@@ -278,11 +286,11 @@ def main() -> None:
     for voxels in options.voxels:
         for channels in options.channels:
             problem = Problem(voxels, 3, channels, channels)
-            row = time_convolution(problem.coords(), problem, options.dtype, peaks, options.implementation)
+            row = time_convolution(voxels_of(problem), problem, options.dtype, peaks, options.implementation)
             times = 1e3 * np.array(row[1:])
             print(f"{row.problem:44}{times[0]:10.1f}{times[1]:10.1f}{times[2]:11.1f}{times[3]:10.1f}", flush=True)
     for voxels in options.voxels:
-        coords = Problem(voxels, 3, 1, 1).coords()
+        coords = voxels_of(Problem(voxels, 3, 1, 1))
         print(f"pyramid of five levels, {voxels:,} voxels: {1e3 * timed(voxel_grid.build_pyramid, coords):.1f} ms")
 
 
