@@ -253,7 +253,7 @@ def test_it_is_the_same_under_jit_and_on_each_replica_of_pmap(scene, output):
     pyramid = build_pyramid(coords)
     weights = unet_weights()
     assert_close(jax.jit(unet)(pyramid, padded(x, pyramid), weights), output, 2e-6)
-    replicas = jax.tree.map(lambda *leaves: np.stack(leaves), pyramid, repad(pyramid, pyramid.bucket))
+    replicas = jax.tree.map(lambda *leaves: np.stack(leaves), pyramid, repad(pyramid, pyramid.bucket, pyramid.spread))
     out = jax.pmap(unet, in_axes=(0, 0, None))(replicas, np.stack([padded(x, pyramid)] * 2), weights)
     for replica in np.asarray(out):
         assert_close(replica, output, 2e-6)

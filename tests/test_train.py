@@ -248,8 +248,9 @@ def test_the_schedule_without_the_quirk_is_the_one_openscene_logs(shared):
 
 
 def test_a_supervised_run_learns_from_labels_alone_and_scores_its_logits(finished, tmp_path):
-    changes = {"mode": "supervised", "stage1_epochs": 10, "stage2_epochs": 0, "eval.repeats": 1, "eval.pictures": 1}
-    config = miniature(**changes, **{"data.prepared": str(finished / "data"), "supervised.learning_rate": 0.1})
+    changes = {"mode": "supervised", "stage1_epochs": 20, "stage2_epochs": 0, "eval.repeats": 1, "eval.pictures": 1}
+    changes |= {"batch_size": 4, "supervised.learning_rate": 0.1}
+    config = miniature(**changes, **{"data.prepared": str(finished / "data")})
     results = run.run(config, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["L_ce"] < 0.9 * log[0]["L_ce"] and "L_p" not in log[0] and log[0]["stage"] == 0
