@@ -181,7 +181,7 @@ def _report(rows: list[dict]) -> None:
         f"# Speed on {device}",
         "",
         f"{machine}; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        "Median milliseconds; ratios are theirs / ours.",
+        "Median milliseconds; ratios are theirs / ours. The roofline's peaks are those of JAX's own product and copy.",
         "",
         "| | ours | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " | peak GB |",
         "| --- | ---: |" + " ---: |" * (2 * len(titles) + 1),
@@ -196,18 +196,19 @@ def _report(rows: list[dict]) -> None:
     name = "benchmark_" + re.sub(r"\W+", "_", device.lower())
     (ROOT / f"{name}.md").write_text("\n".join(lines) + "\n")
     (ROOT / f"{name}.json").write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1))
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     series: dict[str, list[dict]] = {}
     for row in rows:
         series.setdefault(re.sub(r",? ?[\d,]+ (voxels|points),?", "", row["what"]), []).append(row)
-    for label, points in series.items():
+    for i, (label, points) in enumerate(series.items()):
         if len(points) > 1:
-            axes.loglog([p["voxels"] for p in points], [p["seconds"] for p in points], "o-", label=label)
+            style = ("o-", "s--", "^:")[i // 10 % 3]  # colours repeat after ten
+            axes.loglog([p["voxels"] for p in points], [p["seconds"] for p in points], style, label=label)
     axes.set_xlabel("voxels")
     axes.set_ylabel("seconds")
     axes.set_title(f"Growth on {device}")
     if axes.lines:
-        axes.legend(fontsize=6)
+        figure.legend(loc="outside right center", fontsize=7)
     figure.savefig(ROOT / f"{name}.png", dpi=110)
     print("\n".join(lines))
 
