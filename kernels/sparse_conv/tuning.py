@@ -15,7 +15,8 @@ from typing import NamedTuple
 TABLE = Path(__file__).with_name("tuning.json")
 _ABOUT = (
     "Written by python -m kernels.sparse_conv.bench --tune. Entries that name no device are defaults, never timed; "
-    "they compile to sm_80 and sm_90 without register spills (tests/test_pallas_triton.py)."
+    "in float32, tensorfloat32 and bfloat16 they compile to sm_80 without register spills "
+    "(tests/test_pallas_triton.py)."
 )
 _MOST_SUMS = 128  # float32 sums per thread of a candidate; with 255 registers there is no room for many more
 
