@@ -4,7 +4,6 @@ Reads the same pairs as `xla.py`. Each of the three products of a convolution an
 threads as there are cores for every device of this process.
 """
 
-import functools
 import os
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.sparse_conv.cpu_kernels import COLUMNS, CONVOLUTION, ROWS, WEIGHT_GRADIENT
+from kernels.sparse_conv.gradients import differentiable, oriented
 from kernels.sparse_conv.target import default_target
 
 
@@ -26,10 +26,7 @@ def unsupported(dtype) -> str | None:
 
 def sparse_conv(features, weights, kernel_map, transposed):
     """See `api.sparse_conv`."""
-    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
-    if transposed:
-        source, target, num_out = target, source, kernel_map.num_in
-    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
+    num_out, pairs = oriented(kernel_map, transposed)
     return _conv(num_out, features, weights, pairs)
 
 
@@ -57,20 +54,4 @@ def _weight_gradient(features, grad_out, pairs, volume):
     return grad[:, :depth, :width]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(num_out, features, weights, pairs):
-    return _multiply(num_out, features, weights, pairs)
-
-
-def _conv_forward(num_out, features, weights, pairs):
-    return _conv(num_out, features, weights, pairs), (features, weights, pairs)
-
-
-def _conv_backward(num_out, residuals, grad_out):
-    features, weights, pairs = residuals
-    source, target, *tiles = pairs
-    grad_in = _multiply(features.shape[0], grad_out, weights.swapaxes(1, 2), (target, source, *tiles))
-    return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0]), None
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv = differentiable(_multiply, _weight_gradient)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.sparse_conv import tuning
+from kernels.sparse_conv.gradients import oriented
 from kernels.sparse_conv.target import INTERPRET, default_target
 from kernels.sparse_conv.tuning import Blocks
 
@@ -61,10 +62,7 @@ def unsupported(dtype) -> str | None:
 
 def sparse_conv(features, weights, kernel_map, transposed):
     """See `api.sparse_conv`."""
-    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
-    if transposed:
-        source, target, num_out = target, source, kernel_map.num_in
-    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
+    num_out, pairs = oriented(kernel_map, transposed)
     return _conv(_plan(weights), num_out, features, weights, pairs)
 
 

@@ -5,21 +5,17 @@ tiles alone: capacity that a cloud does not use costs nothing. The gradient in t
 the sides of the map exchanged and the weights transposed; the gradient in the weights adds one product per tile.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
+
+from kernels.sparse_conv.gradients import differentiable, oriented
 
 IN_BOUNDS = "promise_in_bounds"  # kernel maps point at rows 0..n, and every array read or written here has a row n
 
 
 def sparse_conv(features, weights, kernel_map, transposed):
     """See `api.sparse_conv`."""
-    source, target, num_out = kernel_map.in_index, kernel_map.out_index, kernel_map.num_out
-    if transposed:
-        source, target, num_out = target, source, kernel_map.num_in
-    pairs = tuple(jnp.asarray(x) for x in (source, target, kernel_map.offset_index, kernel_map.num_tiles))
+    num_out, pairs = oriented(kernel_map, transposed)
     return _conv(num_out, features, weights, pairs)
 
 
@@ -56,20 +52,4 @@ def _weight_gradient(features, grad_out, pairs, kernel_volume):
     return lax.fori_loop(0, num_tiles, body, grad).astype(features.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(num_out, features, weights, pairs):
-    return _gather_multiply_scatter(num_out, features, weights, pairs)
-
-
-def _conv_forward(num_out, features, weights, pairs):
-    return _conv(num_out, features, weights, pairs), (features, weights, pairs)
-
-
-def _conv_backward(num_out, residuals, grad_out):
-    features, weights, pairs = residuals
-    source, target, *tiles = pairs
-    grad_in = _gather_multiply_scatter(features.shape[0], grad_out, weights.swapaxes(1, 2), (target, source, *tiles))
-    return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0]), None
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv = differentiable(_gather_multiply_scatter, _weight_gradient)
