@@ -1,9 +1,8 @@
 """Sparse voxel grids, on the host: quantise points, drop duplicates, find the neighbours a convolution reads.
 
-A voxel is a row (batch, x, y, z). Rows are packed into one sortable 64-bit key, and everything else works on
-sorted keys: duplicates are adjacent, and so are neighbours along z, which makes a kernel map one forward sweep
-with a cursor per (x, y) row of the kernel. It is NumPy and numba that release the GIL and run in the loader's
-workers; what comes out are pytrees of NumPy arrays that go to the device as they are.
+A voxel is a row (batch, x, y, z). Rows are packed into one sortable 64-bit key, so that duplicates are adjacent, and
+neighbours are found among sorted columns of voxels (`columns.py`). It is NumPy and numba that release the GIL and run
+in the loader's workers; what comes out are pytrees of NumPy arrays that go to the device as they are.
 
 Conventions are MinkowskiEngine's: kernel offsets count x fastest; odd kernels are centred, a kernel of size 2
 covers 0 and 1; strided coordinates are `floor(c / stride) * stride`, a true floor for negatives too.
@@ -19,13 +18,8 @@ import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
-_BITS = 18  # of each axis in a packed key; the batch index takes the 9 bits above them
-_HALF = 1 << (_BITS - 1)
-_MARGIN = 2  # widest kernel radius: an offset never carries from one axis of a key into the next
-COORDINATE_LIMIT = _HALF - _MARGIN
-BATCH_LIMIT = 1 << (63 - 3 * _BITS)
-
-_compile = numba.njit(cache=True, nogil=True)
+from kernels import columns
+from kernels.columns import BATCH_LIMIT, COORDINATE_LIMIT
 
 
 class CapacityError(ValueError):
@@ -100,45 +94,10 @@ class Pyramid:
         return np.arange(self.coords[level].shape[0]) < self.num_voxels[level]
 
 
-# ------------------------------------------------------------------------------------------------ packed keys
+# ----------------------------------------------------------------------------------------------------- voxels
 
 
-def _pack(coords: np.ndarray) -> np.ndarray:
-    """Int64 keys of (batch, x, y, z) rows; their order is the lexicographic order of the rows."""
-    key = coords[:, 0].astype(np.int64)
-    for axis in (1, 2, 3):
-        key = (key << _BITS) + (coords[:, axis] + _HALF)
-    return key
-
-
-def _unpack(keys: np.ndarray) -> np.ndarray:
-    coords = np.empty((len(keys), 4), np.int32)
-    for axis in (3, 2, 1):
-        coords[:, axis] = (keys & ((1 << _BITS) - 1)) - _HALF
-        keys = keys >> _BITS
-    coords[:, 0] = keys
-    return coords
-
-
-@_compile
-@no_type_check
-def _parents(keys):
-    """Key of the parent (stride 2) of every voxel, and which of its eight children the voxel is."""
-    parents = np.empty(len(keys), np.int64)
-    child = np.empty(len(keys), np.int64)
-    low = (1 << _BITS) - 1
-    for i in range(len(keys)):
-        key = keys[i]
-        x, y, z = (key >> (2 * _BITS)) & low, (key >> _BITS) & low, key & low
-        child[i] = (x & 1) + 2 * (y & 1) + 4 * (z & 1)
-        parent = key >> (3 * _BITS)
-        for c in (x, y, z):  # c is a coordinate + _HALF
-            parent = (parent << _BITS) + ((c + _HALF) >> 1)
-        parents[i] = parent
-    return parents, child
-
-
-@_compile
+@numba.njit(cache=True, nogil=True)
 @no_type_check
 def _unique(keys, order):
     """Distinct keys, the group of each key, and the lowest index in each group; `order` sorts `keys`."""
@@ -179,18 +138,18 @@ def voxelize(points: Float[np.ndarray, "N 3"], voxel_size: float) -> Voxels:
         )
     coords = np.zeros((len(points), 4), np.int32)
     coords[:, 1:] = voxels
-    keys = _pack(coords)
+    keys = columns.pack(coords)
     unique, inverse, first = _unique(keys, np.argsort(keys))
-    return Voxels(_unpack(unique)[:, 1:].copy(), inverse, first)
+    return Voxels(columns.unpack(unique)[:, 1:].copy(), inverse, first)
 
 
 # ------------------------------------------------------------------------------------------------ kernel maps
 
 
 class _Level(NamedTuple):
-    """Voxels of one level in units of its tensor stride: sorted keys, and the row of each."""
+    """Voxels of one level in units of its tensor stride, and the row of each rank."""
 
-    keys: np.ndarray
+    voxels: columns.Columns
     rows: np.ndarray
 
 
@@ -199,7 +158,7 @@ class _Pairs(NamedTuple):
 
     counts: np.ndarray  # per offset
     write: Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-    """write(position, in_index, out_index) puts the pairs of offset k at position[k] and after."""
+    """write(position, in_index, out_index) puts the pairs of offset k at position[k], which moves to their end."""
 
 
 def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
@@ -221,86 +180,38 @@ def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
     if tensor_stride > 1:
         refuse((xyz % tensor_stride != 0).any(1), f"x, y, z to be multiples of tensor_stride {tensor_stride}")
         coords = np.column_stack([batch, xyz // tensor_stride])
-    keys = _pack(coords)
+    keys = columns.pack(coords)
     rows = np.argsort(keys).astype(np.int32)
     keys = keys[rows]
     repeated = keys[1:] == keys[:-1]
     if repeated.any():
         i = int(repeated.argmax())
         raise ValueError(f"coords rows {rows[i]} and {rows[i + 1]} are the same voxel: expected distinct rows")
-    return _Level(keys, rows)
+    return _Level(columns.gather(keys), rows)
 
 
-@_compile
-@no_type_check
-def _sweep(keys, rows, radius, position, in_index, out_index):
-    """Pairs of an odd kernel: `position[k]` advances by the number of pairs of offset k.
-
-    With an empty `in_index` it only counts; otherwise pairs are written as they are met. There is one pass per
-    (dx, dy) row of the kernel up to the centre's; the rows after it are the same pairs seen from the other side.
-    """
-    size = 2 * radius + 1
-    write = in_index.size > 0
-    for r in range(size * size // 2 + 1):
-        dx, dy = r // size - radius, r % size - radius
-        own_row = dx == 0 and dy == 0
-        first_dz = (np.int64(dx) << (2 * _BITS)) + (np.int64(dy) << _BITS) - radius
-        last = radius if own_row else 2 * radius  # the voxel itself is the last of its own row
-        k0 = dx + radius + size * (dy + radius)
-        start = position.copy()
-        cursor = 0
-        for i in range(len(keys)):
-            lowest = keys[i] + first_dz
-            while keys[cursor] < lowest:
-                cursor += 1
-            for j in range(cursor, i + 1):
-                step = keys[j] - lowest
-                if step > last:
-                    break
-                k = k0 + step * size * size
-                if write:
-                    in_index[position[k]] = rows[j]
-                    out_index[position[k]] = rows[i]
-                position[k] += 1
-        for step in range(radius if own_row else size):
-            k = k0 + step * size * size
-            mirror = size**3 - 1 - k
-            count = position[k] - start[k]
-            if write:
-                source, target = start[k], position[mirror]
-                in_index[target : target + count] = out_index[source : source + count]
-                out_index[target : target + count] = in_index[source : source + count]
-            position[mirror] += count
-
-
-@_compile
-@no_type_check
-def _link(child, rows, parents, position, in_index, out_index):
-    """Pairs of the 2^3 stride-2 map, written from `position[k]` on for child k."""
-    for i in range(len(child)):
-        k = child[i]
-        in_index[position[k]] = rows[i]
-        out_index[position[k]] = parents[i]
-        position[k] += 1
+def _pairs(kernel_volume: int, write: Callable[[np.ndarray, np.ndarray, np.ndarray], None]) -> _Pairs:
+    """What `write` writes, counted by having it write nowhere."""
+    counts, nowhere = np.zeros(kernel_volume, np.int64), np.empty(0, np.int32)
+    write(counts, nowhere, nowhere)
+    return _Pairs(counts, write)
 
 
 def _neighbours(level: _Level, kernel_size: int) -> _Pairs:
-    def sweep(position, in_index, out_index):
-        _sweep(level.keys, level.rows, kernel_size // 2, position, in_index, out_index)
+    def write(position, in_index, out_index):
+        columns.neighbours(*level.voxels, level.rows, kernel_size // 2, position, in_index, out_index)
 
-    counts, nowhere = np.zeros(kernel_size**3, np.int64), np.empty(0, np.int32)
-    sweep(counts, nowhere, nowhere)
-    return _Pairs(counts, sweep)
+    return _pairs(kernel_size**3, write)
 
 
 def _coarsen(level: _Level) -> tuple[_Level, _Pairs]:
-    parent_keys, child = _parents(level.keys)
-    keys, parents, _ = _unique(parent_keys, np.argsort(parent_keys))
+    parents, parent = columns.coarsen(level.voxels)
 
-    def link(position, in_index, out_index):
-        _link(child, level.rows, parents, position, in_index, out_index)
+    def write(position, in_index, out_index):
+        keys, bits, _ = level.voxels
+        columns.children(keys, bits, level.rows, parent, parents.bits, parents.first, position, in_index, out_index)
 
-    return _Level(keys, np.arange(len(keys), dtype=np.int32)), _Pairs(np.bincount(child, minlength=8), link)
+    return _Level(parents, np.arange(columns.num_voxels(parents), dtype=np.int32)), _pairs(8, write)
 
 
 def _stored(kernel_map: KernelMap) -> _Pairs:
@@ -315,6 +226,7 @@ def _stored(kernel_map: KernelMap) -> _Pairs:
             source, target = slice(start[k], start[k] + count), slice(position[k], position[k] + count)
             in_index[target] = kernel_map.in_index.reshape(-1)[source]
             out_index[target] = kernel_map.out_index.reshape(-1)[source]
+        position += counts
 
     return _Pairs(counts, copy)
 
@@ -327,10 +239,15 @@ def _lay_out(pairs: _Pairs, shape: tuple[int, int], num_in: int, num_out: int) -
     """Kernel map of `shape` (tiles, pairs per tile)."""
     tiles = _tiles_per_offset(pairs, shape[1])
     num_tiles = tiles.sum(dtype=np.int32)
-    in_index, out_index = np.full(shape, num_in, np.int32), np.full(shape, num_out, np.int32)
     offset_index = np.zeros(shape[0], np.int32)
     offset_index[:num_tiles] = np.repeat(np.arange(len(tiles)), tiles)
-    pairs.write((np.cumsum(tiles) - tiles) * shape[1], in_index.reshape(-1), out_index.reshape(-1))
+    in_index, out_index = np.empty(shape, np.int32), np.empty(shape, np.int32)
+    ends = np.cumsum(tiles) * shape[1]
+    position = ends - tiles * shape[1]
+    pairs.write(position, in_index.reshape(-1), out_index.reshape(-1))
+    for index, padding in ((in_index, num_in), (out_index, num_out)):
+        for written, end in zip(position, [*ends[:-1], index.size], strict=True):
+            index.reshape(-1)[written:end] = padding
     return KernelMap(in_index, out_index, offset_index, num_tiles, num_in, num_out, len(tiles))
 
 
@@ -362,7 +279,7 @@ def kernel_map(
         pairs, out_coords = _neighbours(level, kernel_size), coords
     else:
         parents, pairs = _coarsen(level)
-        out_coords = _unpack(parents.keys)
+        out_coords = columns.coordinates(parents.voxels)
         out_coords[:, 1:] *= 2 * tensor_stride
     tile = _tile(len(coords))
     shape = (int(_tiles_per_offset(pairs, tile).sum()), tile)
@@ -449,7 +366,7 @@ def build_pyramid(
     level_coords, submanifold, down = [coords], [_neighbours(level, 3)], []
     for i in range(1, levels):
         level, pairs = _coarsen(level)
-        level_coords.append(_unpack(level.keys) * np.array([1, 2**i, 2**i, 2**i], np.int32))
+        level_coords.append(columns.coordinates(level.voxels) * np.array([1, 2**i, 2**i, 2**i], np.int32))
         submanifold.append(_neighbours(level, 3))
         down.append(pairs)
     if bucket is not None:

@@ -33,10 +33,11 @@ def offsets(kernel_size: int) -> np.ndarray:
 
 
 def cloud(seed: int, most: int = 300, reach: int = 6, scenes: int = 3) -> np.ndarray:
-    """Distinct voxels in random order, some alone and some crowded, on both sides of zero."""
+    """Distinct voxels in random order, some alone and some crowded, on both sides of zero, in a block or a tower."""
     rng = np.random.default_rng(seed)
     n = rng.integers(1, most + 1)
-    coords = np.column_stack([rng.integers(0, scenes, n), rng.integers(-reach, reach, (n, 3))])
+    extent = rng.choice([[reach, reach, reach], [1, 2, 16 * reach]])
+    coords = np.column_stack([rng.integers(0, scenes, n), rng.integers(-extent, extent, (n, 3))])
     return rng.permutation(np.unique(coords.astype(np.int32), axis=0))
 
 
@@ -159,9 +160,14 @@ def test_the_law_holds_on_a_large_surface_and_all_offsets_are_met():
 def test_voxels_at_the_ends_of_the_range_meet_nobody_across_them():
     low, high = -COORDINATE_LIMIT, COORDINATE_LIMIT - 1
     corners = np.array(list(itertools.product((0, BATCH_LIMIT - 1), *[(low, high)] * 3)), np.int32)
+    # the end of an axis beside the start of the next row, slab or scene, which follows it in order
+    seams = np.zeros((6, 4), np.int32)
+    for axis in (1, 2, 3):
+        seams[2 * axis - 2, axis], seams[2 * axis - 1, axis], seams[2 * axis - 1, axis - 1] = high, low, 1
     for size in (3, 5):
-        m, _ = kernel_map(corners, kernel_size=size)
-        assert rows(pairs(m)) == {(size**3 // 2, i, i) for i in range(len(corners))}
+        for alone in (corners, seams):
+            m, _ = kernel_map(alone, kernel_size=size)
+            assert rows(pairs(m)) == {(size**3 // 2, i, i) for i in range(len(alone))}
     parents = build_pyramid(corners).coords[4][: len(corners)]
     np.testing.assert_array_equal(parents[:, 1:], np.unique(corners, axis=0)[:, 1:] // 16 * 16)
 
