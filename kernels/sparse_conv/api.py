@@ -3,6 +3,7 @@
 import functools
 
 from absl import logging
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kernels.sparse_conv import cpu, pallas_triton, reference, xla
@@ -64,13 +65,14 @@ def sparse_conv(
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or None")
     if implementation is None:
-        implementation = _fastest(features.dtype)
+        implementation = fastest(features.dtype)
     elif implementation in _OBSTACLES and (obstacle := _OBSTACLES[implementation](features.dtype)):
         raise NotImplementedError(f"{implementation} does not run here: {obstacle}; implementation=None picks another")
     return _IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed)
 
 
-def _fastest(dtype) -> str:
+def fastest(dtype: DTypeLike) -> str:
+    """The implementation that `sparse_conv` picks for operands of this dtype on the default device."""
     obstacles = []
     for name, unsupported in _OBSTACLES.items():
         if (obstacle := unsupported(dtype)) is None:

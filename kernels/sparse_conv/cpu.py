@@ -19,7 +19,7 @@ def unsupported(dtype) -> str | None:
     """Why features of this dtype cannot be convolved here; None if they can."""
     if default_target() != "cpu":
         return f"it needs a CPU, and the default device is {default_target()}"
-    if dtype != jnp.float32:
+    if jnp.dtype(dtype) != jnp.float32:
         return f"it computes in float32, and the features are {jnp.dtype(dtype).name}"
     return None
 
