@@ -240,6 +240,21 @@ def test_the_kernels_are_for_nvidia_gpus_from_capability_8(monkeypatch, device, 
     assert found is None if obstacle is None else obstacle in found
 
 
+@pytest.mark.parametrize(
+    "target, dtype, expected",
+    [
+        ("cpu", "float32", "cpu"),
+        ("cpu", jnp.bfloat16, "xla"),
+        ("sm_75", "float32", "xla"),
+        ("sm_80", jnp.dtype("bfloat16"), "pallas_triton"),
+        ("sm_90", "float64", "xla"),
+    ],
+)
+def test_the_fastest_implementation_is_that_of_device_and_dtype(target, dtype, expected):
+    with targeting(target):
+        assert api.fastest(dtype) == expected
+
+
 def test_only_what_is_not_supported_falls_through_and_one_line_says_so(monkeypatch):
     m, x, w, _ = problem_data(AWKWARD["one voxel"])
     lines = []
