@@ -1,6 +1,8 @@
 # setup · demo · test · lint · bench: each one first installs what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
+# glibc asks for huge pages: on a CPU a tenth of a training step goes into touching its memory for the first time
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: setup demo test lint bench
 

@@ -5,7 +5,7 @@
 DIR holds `scene0000_00/` as ScanNet distributes it, with exported frames, and `labelled_50k/*.npz`, clouds of 50,000
 vertices in VoteNet's export (xyz_aligned, rgb, nyu40, axis_align_matrix), which have no frames. The first scan goes
 through the real projection of its real frames; the views of the others are simulated; the 2D teacher always is.
-Voxels are 10 cm and the network is narrow, so that it ends within minutes; the paper's setting is configs/scannet.py.
+Voxels are 10 cm and the network is narrow, so that it ends within the hour; the paper's setting is configs/scannet.py.
 """
 
 import argparse
