@@ -281,7 +281,7 @@ def _report(rows: list[dict]) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     series: dict[str, list[dict]] = {}
     for row in rows:
-        series.setdefault(re.sub(r",? ?[\d,]+ (voxels|points),?", "", row["what"]), []).append(row)
+        series.setdefault(re.sub(r",? ?(of )?[\d,]+ (voxels|points),?", "", row["what"]).strip(), []).append(row)
     for i, (label, points) in enumerate(series.items()):
         if len(points) > 1:
             style = ("o-", "s--", "^:")[i // 10 % 3]  # colours repeat after ten
