@@ -264,6 +264,7 @@ def _report(rows: list[dict]) -> None:
         "",
         f"{machine}; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
         "Median milliseconds; ratios are theirs / ours. The roofline's peaks are those of JAX's own product and copy.",
+        "Peak memory is that of the one process that times all rows, with what earlier rows left in it.",
         "",
         "| | ours | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " | peak GB |",
         "| --- | ---: |" + " ---: |" * (2 * len(titles) + 1),
