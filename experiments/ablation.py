@@ -44,6 +44,8 @@ def run_table(name: str, title: str, rows: list[tuple[str, str, float]]) -> None
     parser.add_argument("--workdir", type=Path, default=Path("out/ablation"), help="runs go to WORKDIR/seedN/ROW")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds={options.seeds}: a table needs at least one")
     logging.set_verbosity(logging.WARNING)
     needed = [row for row, _, _ in rows if row != "fusion_2d"]
     results = {row: [] for row, _, _ in rows}

@@ -27,6 +27,7 @@ matplotlib.use("Agg")
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import ml_collections
 import numpy as np
 from flax import jax_utils
 
@@ -45,7 +46,7 @@ ROOT = Path(__file__).parent
 PACKAGES = ["jax", "jaxlib", "flax", "numpy", "numba"]
 OUT_CHANNELS = 768
 CPU_TRAINING_VOXELS = 300_000  # at 33 kB each, more would not fit the memory of many machines
-CPU_OTHERS_VOXELS = 100_000  # beyond, spconv and the portable path take many minutes
+CPU_OTHERS_VOXELS = 100_000  # beyond, spconv, the portable path and the loader take many minutes
 CLASSES = 20
 
 
@@ -117,7 +118,7 @@ def networks(clouds: dict[int, np.ndarray], dtype: str, recorded: dict) -> list[
     return rows
 
 
-def _scannet(batch_size: int, dtype: str = "float32"):
+def _scannet(batch_size: int, dtype: str = "float32") -> ml_collections.ConfigDict:
     config = runpy.run_path(str(ROOT.parent / "configs" / "scannet.py"))["get_config"]()
     config.batch_size = batch_size
     config.model.dtype = dtype
@@ -163,7 +164,7 @@ def host_work(sizes: list[int]) -> list[dict]:
             _row(f"pyramid and maps of five levels, {voxels:,} voxels", voxels, timed(voxel_grid.build_pyramid, coords))
         )
     config = _scannet(8)
-    for voxels in (size for size in sizes if size <= 100_000):
+    for voxels in (size for size in sizes if size <= CPU_OTHERS_VOXELS):
         source = loader_bench.Rooms(8, voxels, config.data.voxel_size, config.data.chunk_points)
         rate, _, per_step = loader_bench.measure(source, config, math.inf, 15.0)
         steps = steps_per_epoch(config, source)
@@ -230,6 +231,8 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, help="folder with performance_anchor.json and perf_rooms.npz")
     options = parser.parse_args()
     sizes = options.voxels
+    if min(sizes) < 1:
+        parser.error(f"--voxels {min(sizes)}: a cloud has at least one")
     clouds = {voxels: voxels_of(Problem(voxels, 3, 1, 1)) for voxels in sizes}
     recorded = {}
     if options.golden:
