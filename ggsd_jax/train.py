@@ -270,6 +270,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
     batches = itertools.chain([first], batches)
     log = StepLog(workdir, start, total_steps)
     trace = StepTrace(workdir / "profile" if profile and hosts.is_first() else None)
+    previous = None
     for step in range(start, total_steps):
         stage = SUPERVISED if supervised else 1 if step < stage1_steps else 2
         if step == stage1_steps:
@@ -287,6 +288,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
         trace.before_step(state)
         state, terms = steps[stage](state, batch, class_text)
         log.add(terms, rows=replicas * batch.bucket, waited=waited)
+        jax.block_until_ready(previous)  # one step ahead of the devices: more would fill their memory with batches
+        previous = terms
 
         done = step + 1
         last = done in (stage1_steps, total_steps)

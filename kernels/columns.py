@@ -1,10 +1,11 @@
-"""Voxels as sorted columns: 64 voxels along z are one word, a bit for each that is occupied.
+"""Voxels as sorted columns: 64 voxels along one axis are one word, a bit for each that is occupied.
 
 What is asked of neighbours is then asked of whole columns: a shift by dz and an `and` tell which voxels of a column
 have a neighbour in the column beside it, the number of bits set tells how many, and the number of bits below one is its
 rank in the column. The 100,000 voxels of a furnished room are some 10,000 columns.
 
-The words are sorted by (batch, x, y, z), packed into 64-bit keys. NumPy and numba that release the GIL.
+The words are sorted by (batch, x, y, z), packed into 64-bit keys. With `ALONG_Y` y and z have changed places: columns
+lie along y, and what is said of z here is meant of y. NumPy and numba that release the GIL.
 """
 
 from typing import NamedTuple, no_type_check
@@ -21,6 +22,8 @@ _MARGIN = 2  # widest kernel radius: an offset never carries from one axis of a 
 _COLUMN_BITS = 6  # a column holds the voxels whose keys agree but for these lowest bits
 COORDINATE_LIMIT = _HALF - _MARGIN
 BATCH_LIMIT = 1 << (63 - 3 * _BITS)
+ALONG_Z, ALONG_Y = (1, 2, 3), (1, 3, 2)  # a row's x, y, z from the highest bits of a key to the lowest
+_SAMPLED = 16  # every so many slabs of x are asked which is better
 
 _compile = numba.njit(cache=True, nogil=True)
 
@@ -36,22 +39,31 @@ class Columns(NamedTuple):
     """Rank of each column's lowest voxel."""
 
 
-def pack(coords: Int32[np.ndarray, "N 4"]) -> Int64[np.ndarray, " N"]:
-    """Keys of (batch, x, y, z) rows; their order is the lexicographic order of the rows."""
+def pack(coords: Int32[np.ndarray, "N 4"], axes: tuple[int, ...] = ALONG_Z) -> Int64[np.ndarray, " N"]:
+    """Keys of (batch, x, y, z) rows; their order is the lexicographic order of the rows, or that along other axes."""
     key = coords[:, 0].astype(np.int64)
-    for axis in (1, 2, 3):
+    for axis in axes:
         key = (key << _BITS) + (coords[:, axis] + _HALF)
     return key
 
 
-def unpack(keys: Int64[np.ndarray, " N"]) -> Int32[np.ndarray, "N 4"]:
+def unpack(keys: Int64[np.ndarray, " N"], axes: tuple[int, ...] = ALONG_Z) -> Int32[np.ndarray, "N 4"]:
     """The (batch, x, y, z) rows of keys."""
     coords = np.empty((len(keys), 4), np.int32)
-    for axis in (3, 2, 1):
+    for axis in reversed(axes):
         coords[:, axis] = (keys & ((1 << _BITS) - 1)) - _HALF
         keys = keys >> _BITS
     coords[:, 0] = keys
     return coords
+
+
+def fewest(coords: Int32[np.ndarray, "N 4"]) -> tuple[int, ...]:
+    """The axes that give the fewer columns: along y where a cloud is as flat as a floor.
+
+    Not along x: pairs of neighbours would then be far apart in the rows of a voxelised cloud, where x comes first.
+    """
+    slabs = coords[coords[:, 1] % _SAMPLED == 0]
+    return min((ALONG_Z, ALONG_Y), key=lambda axes: len(np.unique(pack(slabs, axes) >> _COLUMN_BITS)))
 
 
 @intrinsic
@@ -113,19 +125,16 @@ def _voxel_keys(keys, bits, num_voxels):
     return voxels
 
 
-def num_voxels(voxels: Columns) -> int:
-    return int(voxels.first[-1]) + int(voxels.bits[-1]).bit_count()
-
-
-def coordinates(voxels: Columns) -> Int32[np.ndarray, "N 4"]:
+def coordinates(voxels: Columns, axes: tuple[int, ...]) -> Int32[np.ndarray, "N 4"]:
     """(batch, x, y, z) of every voxel, by rank."""
-    return unpack(_voxel_keys(voxels.keys, voxels.bits, num_voxels(voxels)))
+    num_voxels = int(voxels.first[-1]) + int(voxels.bits[-1]).bit_count()
+    return unpack(_voxel_keys(voxels.keys, voxels.bits, num_voxels), axes)
 
 
 # ----------------------------------------------------------------------------------------------- odd kernels
 
 
-@_compile
+@numba.njit(inline="always")
 @no_type_check
 def _meet(own, own_first, near, near_first, shift, rows, position, in_index, out_index):
     """Pairs of the voxels t of column `own` with the voxels t + shift of column `near`, from `position` on.
@@ -146,55 +155,56 @@ def _meet(own, own_first, near, near_first, shift, rows, position, in_index, out
 
 @_compile
 @no_type_check
-def neighbours(keys, bits, first, rows, radius, position, in_index, out_index):
+def neighbours(keys, bits, first, rows, radius, steps, position, in_index, out_index):
     """Pairs of an odd kernel over columns: `position[k]` advances by the number of pairs of offset k.
 
+    `steps` are those of k for one more in dy and in dz.
+
     With an empty `in_index` it only counts; otherwise pairs of `rows` (of each rank) are written as they are met. There
-    is one pass with a cursor per (dx, dy) of the kernel up to the centre's; those after it are the same pairs seen from
-    the other side.
+    is one pass with a cursor per dx of the kernel up to the centre's: the columns (x + dx, y - radius) to (x + dx, y +
+    radius) follow each other. Pairs behind the centre are the same seen from the other side.
     """
-    size = 2 * radius + 1
-    for r in range(size * size // 2 + 1):
-        dx, dy = r // size - radius, r % size - radius
-        own_column = dx == 0 and dy == 0
-        beside = ((np.int64(dx) << (2 * _BITS)) + (np.int64(dy) << _BITS)) >> _COLUMN_BITS
-        last = 0 if own_column else radius  # the voxel itself is the last of its own column
-        centre = dx + radius + size * (dy + radius) + size * size * radius  # the offset of dz = 0
+    centre = radius * (1 + steps[0] + steps[1])
+    row = _BITS - _COLUMN_BITS  # a step in y is 1 << row in keys of columns
+    for dx in range(-radius, 1):
         start = position.copy()
         cursor = 0
         for column in range(len(keys)):
-            lowest = keys[column] + beside - 1
+            beside = keys[column] + (np.int64(dx) << (_BITS + row))
+            lowest = beside - (np.int64(radius) << row) - 1
+            highest = beside + (np.int64(radius) << row) + 1 if dx < 0 else keys[column]
             while keys[cursor] < lowest:
                 cursor += 1
             near = cursor
-            for part in range(-1, 2):  # below, beside and above
-                if near == len(keys) or keys[near] > lowest + 2:
-                    break
-                if keys[near] != lowest + 1 + part:
-                    continue
-                for dz in range(1 if part > 0 else -radius, (-1 if part < 0 else last) + 1):
-                    k = centre + size * size * dz
-                    position[k] = _meet(
-                        bits[column],
-                        first[column],
-                        bits[near],
-                        first[near],
-                        dz - 64 * part,
-                        rows,
-                        position[k],
-                        in_index,
-                        out_index,
-                    )
+            while near < len(keys) and keys[near] <= highest:
+                dy = (keys[near] - beside + 1) >> row
+                part = keys[near] - beside - (dy << row)  # the near column is below, beside or above; or farther
+                if part <= 1:
+                    last = 0 if near == column else radius  # the voxel itself is the last of its own column
+                    for dz in range(1 if part > 0 else -radius, (-1 if part < 0 else last) + 1):
+                        k = centre + dx + steps[0] * dy + steps[1] * dz
+                        position[k] = _meet(
+                            bits[column],
+                            first[column],
+                            bits[near],
+                            first[near],
+                            dz - 64 * part,
+                            rows,
+                            position[k],
+                            in_index,
+                            out_index,
+                        )
                 near += 1
-        for dz in range(-radius, radius + 1 if not own_column else 0):
-            k = centre + size * size * dz
-            mirror = size**3 - 1 - k
-            count = position[k] - start[k]
-            if in_index.size > 0:
-                source, target = start[k], position[mirror]
-                in_index[target : target + count] = out_index[source : source + count]
-                out_index[target : target + count] = in_index[source : source + count]
-            position[mirror] += count
+        for dy in range(-radius, radius + 1 if dx < 0 else 1):
+            for dz in range(-radius, 0 if dx == 0 and dy == 0 else radius + 1):
+                k = centre + dx + steps[0] * dy + steps[1] * dz
+                mirror = 2 * centre - k
+                count = position[k] - start[k]
+                if in_index.size > 0:
+                    source, target = start[k], position[mirror]
+                    in_index[target : target + count] = out_index[source : source + count]
+                    out_index[target : target + count] = in_index[source : source + count]
+                position[mirror] += count
 
 
 # -------------------------------------------------------------------------------------------------- stride 2
@@ -252,16 +262,16 @@ def _merge(keys, bits, parent_keys, order):
 def coarsen(voxels: Columns) -> tuple[Columns, Int32[np.ndarray, " C"]]:
     """Columns of the voxels' parents, `floor(c / 2)`, and the parents' column of each column."""
     parent_keys = _parent_keys(voxels.keys)
-    *parents, parent = _merge(voxels.keys, voxels.bits, parent_keys, np.argsort(parent_keys))
+    *parents, parent = _merge(voxels.keys, voxels.bits, parent_keys, np.argsort(parent_keys, kind="stable"))
     return Columns(*parents), parent
 
 
 @_compile
 @no_type_check
-def children(keys, bits, rows, parent, parent_bits, parent_first, position, in_index, out_index):
+def children(keys, bits, rows, parent, parent_bits, parent_first, parent_rows, steps, position, in_index, out_index):
     """Pairs of the 2^3 stride-2 map, child to parent, from `position[k]` on for child k, which advances.
 
-    With an empty `in_index` it only counts.
+    `steps` are as in `neighbours`. With an empty `in_index` it only counts.
     """
     rank = 0
     for column in range(len(keys)):
@@ -269,11 +279,12 @@ def children(keys, bits, rows, parent, parent_bits, parent_first, position, in_i
         left = bits[column]
         while left:
             bit = np.int64(_lowest(left))
-            k = (x & 1) + 2 * (y & 1) + 4 * (bit & 1)
+            k = (x & 1) + steps[0] * (y & 1) + steps[1] * (bit & 1)
             if in_index.size > 0:
                 above = parent[column]
                 in_index[position[k]] = rows[rank]
-                out_index[position[k]] = parent_first[above] + _below(parent_bits[above], 32 * (upper & 1) + bit // 2)
+                rank_above = parent_first[above] + _below(parent_bits[above], 32 * (upper & 1) + bit // 2)
+                out_index[position[k]] = parent_rows[rank_above]
             position[k] += 1
             rank += 1
             left &= left - np.uint64(1)

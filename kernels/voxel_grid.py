@@ -147,10 +147,21 @@ def voxelize(points: Float[np.ndarray, "N 3"], voxel_size: float) -> Voxels:
 
 
 class _Level(NamedTuple):
-    """Voxels of one level in units of its tensor stride, and the row of each rank."""
+    """Voxels of one level in units of its tensor stride: by row, and as columns with the row of each rank."""
 
+    coords: np.ndarray
     voxels: columns.Columns
     rows: np.ndarray
+    axes: tuple[int, ...]
+
+    def steps(self, kernel_size: int) -> tuple[int, int]:
+        """Of the kernel's offsets, which count x fastest, for the last two of `axes`."""
+        middle, last = (kernel_size ** (axis - 1) for axis in self.axes[1:])
+        return middle, last
+
+    def scaled(self, tensor_stride: int) -> np.ndarray:
+        """The coordinates in units of level 0."""
+        return self.coords * np.array([1, *3 * [tensor_stride]], np.int32)
 
 
 class _Pairs(NamedTuple):
@@ -168,26 +179,27 @@ def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
 
     def refuse(bad: np.ndarray, expected: str) -> None:
         if bad.any():
-            row = int(bad.argmax())
+            row = int(bad.reshape(len(coords), -1).any(1).argmax())
             raise ValueError(f"coords row {row} is {coords[row].tolist()}: expected {expected}")
 
     batch, xyz = coords[:, 0], coords[:, 1:]
     refuse((batch < 0) | (batch >= BATCH_LIMIT), f"a batch index in 0..{BATCH_LIMIT - 1}")
     refuse(
-        ((xyz < -COORDINATE_LIMIT) | (xyz >= COORDINATE_LIMIT)).any(1),
+        (xyz < -COORDINATE_LIMIT) | (xyz >= COORDINATE_LIMIT),
         f"x, y, z in [{-COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or take larger voxels",
     )
     if tensor_stride > 1:
-        refuse((xyz % tensor_stride != 0).any(1), f"x, y, z to be multiples of tensor_stride {tensor_stride}")
+        refuse(xyz % tensor_stride != 0, f"x, y, z to be multiples of tensor_stride {tensor_stride}")
         coords = np.column_stack([batch, xyz // tensor_stride])
-    keys = columns.pack(coords)
-    rows = np.argsort(keys).astype(np.int32)
+    axes = columns.fewest(coords)
+    keys = columns.pack(coords, axes)
+    rows = np.argsort(keys, kind="stable").astype(np.int32)  # they are often in order
     keys = keys[rows]
     repeated = keys[1:] == keys[:-1]
     if repeated.any():
         i = int(repeated.argmax())
         raise ValueError(f"coords rows {rows[i]} and {rows[i + 1]} are the same voxel: expected distinct rows")
-    return _Level(columns.gather(keys), rows)
+    return _Level(coords, columns.gather(keys), rows, axes)
 
 
 def _pairs(kernel_volume: int, write: Callable[[np.ndarray, np.ndarray, np.ndarray], None]) -> _Pairs:
@@ -199,27 +211,38 @@ def _pairs(kernel_volume: int, write: Callable[[np.ndarray, np.ndarray, np.ndarr
 
 def _neighbours(level: _Level, kernel_size: int) -> _Pairs:
     def write(position, in_index, out_index):
-        columns.neighbours(*level.voxels, level.rows, kernel_size // 2, position, in_index, out_index)
+        steps = level.steps(kernel_size)
+        columns.neighbours(*level.voxels, level.rows, kernel_size // 2, steps, position, in_index, out_index)
 
     return _pairs(kernel_size**3, write)
 
 
 def _coarsen(level: _Level) -> tuple[_Level, _Pairs]:
     parents, parent = columns.coarsen(level.voxels)
+    coords = columns.coordinates(parents, level.axes)
+    ascending = np.argsort(columns.pack(coords), kind="stable")
+    rows = np.empty(len(coords), np.int32)
+    rows[ascending] = np.arange(len(coords), dtype=np.int32)
 
     def write(position, in_index, out_index):
         keys, bits, _ = level.voxels
-        columns.children(keys, bits, level.rows, parent, parents.bits, parents.first, position, in_index, out_index)
+        above = parent, parents.bits, parents.first, rows
+        columns.children(keys, bits, level.rows, *above, level.steps(2), position, in_index, out_index)
 
-    return _Level(parents, np.arange(columns.num_voxels(parents), dtype=np.int32)), _pairs(8, write)
+    return _Level(coords[ascending], parents, rows, level.axes), _pairs(8, write)
 
 
-def _stored(kernel_map: KernelMap) -> _Pairs:
-    """Pairs of a finished map, to be laid out again."""
+def _counts(kernel_map: KernelMap) -> np.ndarray:
+    """Pairs per offset."""
     offset_index = kernel_map.offset_index[: kernel_map.num_tiles]
     per_tile = (kernel_map.in_index[: kernel_map.num_tiles] < kernel_map.num_in).sum(1)
-    counts = np.bincount(offset_index, per_tile, kernel_map.kernel_volume).astype(np.int64)
-    start = np.searchsorted(offset_index, np.arange(kernel_map.kernel_volume)) * kernel_map.in_index.shape[1]
+    return np.bincount(offset_index, per_tile, kernel_map.kernel_volume).astype(np.int64)
+
+
+def _stored(kernel_map: KernelMap, counts: np.ndarray, offsets: np.ndarray) -> _Pairs:
+    """Pairs of some offsets of a finished map, whose `counts` are known, to be laid out again."""
+    start = np.searchsorted(kernel_map.offset_index[: kernel_map.num_tiles], offsets) * kernel_map.in_index.shape[1]
+    counts = counts[offsets]
 
     def copy(position, in_index, out_index):
         for k, count in enumerate(counts):
@@ -279,8 +302,7 @@ def kernel_map(
         pairs, out_coords = _neighbours(level, kernel_size), coords
     else:
         parents, pairs = _coarsen(level)
-        out_coords = columns.coordinates(parents.voxels)
-        out_coords[:, 1:] *= 2 * tensor_stride
+        out_coords = parents.scaled(2 * tensor_stride)
     tile = _tile(len(coords))
     shape = (int(_tiles_per_offset(pairs, tile).sum()), tile)
     return _lay_out(pairs, shape, len(coords), len(out_coords)), out_coords
@@ -299,6 +321,7 @@ _WIDEST = len(_ROW_RATIOS) - 1
 # Pairs per row of the bucket, measured up to 16.6 and 58.4 on level 0. What is not used costs memory, not time.
 _PAIR_RATIO = (17.0, 8.0, 5.0, 3.0, 2.0)  # 3^3 on each level
 _STEM_PAIR_RATIO = 60.0  # 5^3
+_INNER = np.arange(125).reshape(5, 5, 5)[1:4, 1:4, 1:4].reshape(-1)  # the 3^3 offsets among the 5^3
 
 
 def next_bucket(n: int) -> int:
@@ -316,7 +339,10 @@ def _row_capacities(bucket: int, spread: int, levels: int) -> list[int]:
 def _pad(
     coords: list[np.ndarray], stem: _Pairs, submanifold: list[_Pairs], down: list[_Pairs], bucket: int, spread: int
 ) -> Pyramid:
-    """Valid rows of every level and pairs of every map, in the shapes of `bucket` and `spread`."""
+    """Valid rows of every level and pairs of every map, in the shapes of `bucket` and `spread`.
+
+    The 3^3 map of level 0 is part of its 5^3 map: `submanifold` has those of the levels above.
+    """
     rows = _row_capacities(bucket, spread, len(coords))
     for level, (valid, capacity) in enumerate(zip(coords, rows, strict=True)):
         if len(valid) > capacity:
@@ -335,10 +361,12 @@ def _pad(
             )
         return _lay_out(pairs, (capacity, tile), rows[level], num_out)
 
+    stem_map = fit(stem, 0, int(_STEM_PAIR_RATIO * bucket), rows[0])
+    submanifold = [_stored(stem_map, stem.counts, _INNER), *submanifold]
     return Pyramid(
         coords=tuple(np.pad(c, ((0, n - len(c)), (0, 0))) for c, n in zip(coords, rows, strict=True)),
         num_voxels=np.array([len(c) for c in coords], np.int32),
-        stem=fit(stem, 0, int(_STEM_PAIR_RATIO * bucket), rows[0]),
+        stem=stem_map,
         submanifold=tuple(
             fit(pairs, level, int(_PAIR_RATIO[level] * bucket), rows[level]) for level, pairs in enumerate(submanifold)
         ),
@@ -363,10 +391,10 @@ def build_pyramid(
     """
     level = _sorted_level(coords, 1)
     stem = _neighbours(level, 5)
-    level_coords, submanifold, down = [coords], [_neighbours(level, 3)], []
+    level_coords, submanifold, down = [coords], [], []
     for i in range(1, levels):
         level, pairs = _coarsen(level)
-        level_coords.append(columns.coordinates(level.voxels) * np.array([1, 2**i, 2**i, 2**i], np.int32))
+        level_coords.append(level.scaled(2**i))
         submanifold.append(_neighbours(level, 3))
         down.append(pairs)
     if bucket is not None:
@@ -385,11 +413,15 @@ def repad(pyramid: Pyramid, bucket: int, spread: int = _WIDEST) -> Pyramid:
     Raises:
         CapacityError: the cloud does not fit them.
     """
+
+    def stored(kernel_map: KernelMap) -> _Pairs:
+        return _stored(kernel_map, _counts(kernel_map), np.arange(kernel_map.kernel_volume))
+
     return _pad(
         [c[:n] for c, n in zip(pyramid.coords, pyramid.num_voxels, strict=True)],
-        _stored(pyramid.stem),
-        [_stored(pairs) for pairs in pyramid.submanifold],
-        [_stored(pairs) for pairs in pyramid.down],
+        stored(pyramid.stem),
+        [stored(kernel_map) for kernel_map in pyramid.submanifold[1:]],
+        [stored(kernel_map) for kernel_map in pyramid.down],
         bucket,
         spread,
     )

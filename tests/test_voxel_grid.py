@@ -33,10 +33,10 @@ def offsets(kernel_size: int) -> np.ndarray:
 
 
 def cloud(seed: int, most: int = 300, reach: int = 6, scenes: int = 3) -> np.ndarray:
-    """Distinct voxels in random order, some alone and some crowded, on both sides of zero, in a block or a tower."""
+    """Distinct voxels in random order, some alone, some crowded, on both sides of zero: a block, a tower or a beam."""
     rng = np.random.default_rng(seed)
     n = rng.integers(1, most + 1)
-    extent = rng.choice([[reach, reach, reach], [1, 2, 16 * reach]])
+    extent = rng.choice([[reach, reach, reach], [1, 2, 16 * reach], [2, 16 * reach, 1]])
     coords = np.column_stack([rng.integers(0, scenes, n), rng.integers(-extent, extent, (n, 3))])
     return rng.permutation(np.unique(coords.astype(np.int32), axis=0))
 
