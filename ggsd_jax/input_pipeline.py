@@ -353,6 +353,8 @@ def _stacked(replicas: list[Batch], bucket: int, spread: int, scenes: int, chunk
     """The batches of several replicas, of so many scenes each, as one with a leading replica axis."""
     num_targets = target_capacity(bucket, scenes, chunk_points)
     alike = [pad_batch(replica, bucket, spread, num_targets) for replica in replicas]
+    if len(alike) == 1:
+        return jax.tree.map(lambda leaf: leaf[np.newaxis], alike[0])  # nothing is copied
     return jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
 
 
