@@ -14,6 +14,8 @@ Several machines, or several processes on one, work as one run: under SLURM by t
 --num_processes and --process_id (BUILD.md).
 """
 
+import argparse
+import difflib
 import logging as std_logging
 from pathlib import Path
 
@@ -42,6 +44,25 @@ def _is_ours(record) -> bool:
     return record.levelno >= std_logging.WARNING or folder.is_relative_to(Path(__file__).parent)
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parses the command line; a configuration or a field of it that is not there is answered in a sentence."""
+    arguments = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    arguments.add_argument("--config", default="")
+    path = arguments.parse_known_args(argv[1:])[0].config
+    if path.endswith(".py") and not Path(path).is_file():
+        known = sorted(str(known) for known in Path("configs").glob("*.py"))
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0)
+        fix = f"the nearest there is {near[0]}" if near else "run from the clone, whose configs/ holds them"
+        raise SystemExit(f"FileNotFoundError: {path}: no such configuration; {fix}")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections; at the bottom is a text that knows the nearest field
+        text = error
+        while isinstance(text, Exception):
+            text = text.args[0]
+        raise SystemExit("ValueError: the configuration has no field " + text.replace("\n", ". ")) from error
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; see --help")
@@ -61,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -119,11 +119,18 @@ def test_a_work_directory_of_another_config_is_refused_with_the_field_and_both_v
         run.run(miniature(**{"loss.temperature": 0.5}), finished)
 
 
-def test_a_mistyped_config_field_is_answered_with_the_nearest(finished):
-    process = subprocess.run(
-        command(finished, "--config.loss.superpoint_wieght=0"), cwd=ROOT, capture_output=True, text=True
-    )
-    assert process.returncode != 0 and "superpoint_weight" in process.stderr
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        (["--config.loss.superpoint_wieght=0"], "no field 'superpoint_wieght'. Did you mean \"superpoint_weight\""),
+        (["--config.los.superpoint_weight=0"], "no field 'los'"),
+        (["--config=configs/sinthetic.py"], "configs/sinthetic.py: no such configuration; the nearest there is"),
+    ],
+)
+def test_a_mistyped_configuration_or_field_is_answered_in_one_line(tmp_path, arguments, answer):
+    process = subprocess.run(command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and answer in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_the_model_labels_a_cloud_it_has_never_seen(finished):
