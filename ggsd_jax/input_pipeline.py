@@ -30,7 +30,7 @@ from data.labels import IGNORE
 from data.scene import Scene
 from ggsd_jax import hosts
 from ggsd_jax.inference import input_features
-from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, next_bucket, repad, voxelize
+from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, common_spread, next_bucket, repad, voxelize
 
 _MAX_SHIFT = 100  # voxels, as OpenScene; every alignment to the coarsest grid is seen
 _PREFETCHED_BATCHES = 4
@@ -333,14 +333,15 @@ def train_iterator(
 def on_devices(batches: Iterator[Batch], config: ml_collections.ConfigDict, num_replicas: int) -> Iterator[Batch]:
     """The batches of `train_iterator` on the local devices (axis "data"), sent there while the ones before compute.
 
-    All processes pad to the largest of their buckets and spreads, so that they run the same program.
+    All processes pad to the largest of their buckets and the spread that suits all, so that they run the same program.
     """
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     ahead = collections.deque()
     for batch in batches:
         mine = [batch.bucket, batch.pyramid.spread]
-        bucket, spread = map(max, zip(*hosts.gather(mine), strict=True))
+        buckets, spreads = zip(*hosts.gather(mine), strict=True)
+        bucket, spread = max(buckets), common_spread(spreads)
         if [bucket, spread] != mine:
             parts = [jax.tree.map(operator.itemgetter(i), batch) for i in range(len(batch.feats))]
             batch = _stacked(parts, bucket, spread, config.batch_size // num_replicas, config.data.chunk_points)
@@ -379,7 +380,7 @@ class _GlobalBatch:
             voxels = [v._replace(coords=v.coords + shift) for v in voxels]
             replicas.append(self._fit(scenes, voxels, [c + shift for c in centres]))
         bucket = max(replica.bucket for replica in replicas)
-        spread = max(replica.pyramid.spread for replica in replicas)
+        spread = common_spread(replica.pyramid.spread for replica in replicas)
         return _stacked(replicas, bucket, spread, share, self.config.data.chunk_points)
 
     def _visit(self, visit: int, seed: int) -> tuple[Scene, Voxels, np.ndarray]:

@@ -10,7 +10,7 @@ covers 0 and 1; strided coordinates are `floor(c / stride) * stride`, a true flo
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -85,9 +85,13 @@ class Pyramid:
 
     @property
     def spread(self) -> int:
-        """Room on the coarse levels: 0 (closed surfaces) to 2 (points far apart), the fewest rows first."""
-        rows = [c.shape[-2] for c in self.coords]
-        return next(s for s in range(len(_ROW_RATIOS)) if _row_capacities(self.bucket, s, len(rows)) == rows)
+        """Room for coarse rows and pairs: of closed surfaces (0), open ones (1), points far apart (2), or several."""
+        rows, stem = [c.shape[-2] for c in self.coords], self.stem.in_index.shape[-2:]
+        return next(
+            spread
+            for spread in range(len(_ROOMS))
+            if (_rows(self.bucket, spread, len(rows)), _stem_shape(self.bucket, spread)) == (rows, stem)
+        )
 
     def mask(self, level: int) -> Bool[Any, " V"]:
         """True for the valid rows of a level."""
@@ -254,13 +258,9 @@ def _stored(kernel_map: KernelMap, counts: np.ndarray, offsets: np.ndarray) -> _
     return _Pairs(counts, copy)
 
 
-def _tiles_per_offset(pairs: _Pairs, tile: int) -> np.ndarray:
-    return -(-pairs.counts // tile)
-
-
 def _lay_out(pairs: _Pairs, shape: tuple[int, int], num_in: int, num_out: int) -> KernelMap:
     """Kernel map of `shape` (tiles, pairs per tile)."""
-    tiles = _tiles_per_offset(pairs, shape[1])
+    tiles = -(-pairs.counts // shape[1])
     num_tiles = tiles.sum(dtype=np.int32)
     offset_index = np.zeros(shape[0], np.int32)
     offset_index[:num_tiles] = np.repeat(np.arange(len(tiles)), tiles)
@@ -304,23 +304,34 @@ def kernel_map(
         parents, pairs = _coarsen(level)
         out_coords = parents.scaled(2 * tensor_stride)
     tile = _tile(len(coords))
-    shape = (int(_tiles_per_offset(pairs, tile).sum()), tile)
+    shape = (int((-(-pairs.counts // tile)).sum()), tile)
     return _lay_out(pairs, shape, len(coords), len(out_coords)), out_coords
 
 
 # ---------------------------------------------------------------------------------------------------- pyramid
 
-# Rows of each level per row of the bucket, by spread. One tuple for all would hold rows that closed surfaces never use,
-# or move points that lie apart up to larger buckets, a third of them padding. Most measured over augmented views:
-_ROW_RATIOS = (
-    (1.0, 0.40, 0.13, 0.05, 0.025),  # furnished rooms at 11 cm (.30, .08), ScanNet's vertices at 5 cm (.36, .10)
-    (1.0, 0.86, 0.42, 0.14, 0.05),  # ScanNet's vertices at 2 cm (.84, .38, .11, .03)
-    (1.0, 0.86, 0.60, 0.38, 0.22),  # a nuScenes sweep at 5 cm (.78, .54, .35, .20)
+
+class _Room(NamedTuple):
+    """What a pyramid has room for, per row of the bucket."""
+
+    rows: tuple[float, ...]  # on each level
+    stem: float  # pairs of the 5^3 map
+    submanifold: tuple[float, ...]  # pairs of the 3^3 map of each level
+
+
+# By spread. One for all would hold coarse rows that closed surfaces never use and pairs that points far apart do not
+# have, or move such points up to larger buckets. Most measured over augmented views is in brackets:
+_CLOSED = _Room((1.0, 0.40, 0.13, 0.05, 0.025), 60.0, (17.0, 8.0, 5.0, 3.0, 2.0))
+_OPEN = _Room((1.0, 0.86, 0.42, 0.14, 0.05), 24.0, (9.0, 8.0, 5.0, 3.0, 2.0))
+_APART = _OPEN._replace(rows=(1.0, 0.86, 0.60, 0.38, 0.22))
+_ROOMS = (
+    _CLOSED,  # furnished rooms at 11 cm (rows .30, .08; pairs 58.4, 16.6), ScanNet's vertices at 5 cm (.36; 35, 12)
+    _OPEN,  # ScanNet's vertices at 2 to 4 cm (.84, .38, .11, .03; 20.9, 7.0)
+    _APART,  # nuScenes sweeps at 5 cm, one (.78, .54, .35, .20; 4.8, 2.6) or several (12.2, 4.3)
+    _CLOSED._replace(rows=_OPEN.rows),  # the first two together
+    _CLOSED._replace(rows=_APART.rows),  # all together
 )
-_WIDEST = len(_ROW_RATIOS) - 1
-# Pairs per row of the bucket, measured up to 16.6 and 58.4 on level 0. What is not used costs memory, not time.
-_PAIR_RATIO = (17.0, 8.0, 5.0, 3.0, 2.0)  # 3^3 on each level
-_STEM_PAIR_RATIO = 60.0  # 5^3
+_WIDEST = len(_ROOMS) - 1
 _INNER = np.arange(125).reshape(5, 5, 5)[1:4, 1:4, 1:4].reshape(-1)  # the 3^3 offsets among the 5^3
 
 
@@ -332,8 +343,25 @@ def next_bucket(n: int) -> int:
     return bucket
 
 
-def _row_capacities(bucket: int, spread: int, levels: int) -> list[int]:
-    return [-(-int(ratio * bucket) // 128) * 128 for ratio in _ROW_RATIOS[spread][:levels]]
+def common_spread(spreads: Iterable[int]) -> int:
+    """The first spread that holds, in the same bucket, whatever these hold."""
+    rooms = np.array([[*room.rows, room.stem, *room.submanifold] for room in _ROOMS])
+    return int((rooms >= rooms[list(spreads)].max(axis=0)).all(axis=1).argmax())
+
+
+def _rows(bucket: int, spread: int, levels: int) -> list[int]:
+    """Row capacities of the levels."""
+    return [-(-int(ratio * bucket) // 128) * 128 for ratio in _ROOMS[spread].rows[:levels]]
+
+
+def _shape(bucket: int, level: int, max_pairs: float | int, kernel_volume: int) -> tuple[int, int]:
+    """Tiles of a kernel map and pairs per tile; every offset may leave a tile unfinished."""
+    tile = _tile(bucket, level)
+    return int(max_pairs) // tile + kernel_volume, tile
+
+
+def _stem_shape(bucket: int, spread: int) -> tuple[int, int]:
+    return _shape(bucket, 0, _ROOMS[spread].stem * bucket, 125)
 
 
 def _pad(
@@ -343,34 +371,38 @@ def _pad(
 
     The 3^3 map of level 0 is part of its 5^3 map: `submanifold` has those of the levels above.
     """
-    rows = _row_capacities(bucket, spread, len(coords))
+    rows, room = _rows(bucket, spread, len(coords)), _ROOMS[spread]
+
+    def refuse(level: int, found: str, capacity: int) -> None:
+        raise CapacityError(
+            f"{len(coords[0])} voxels do not fit bucket {bucket}: level {level} has {found} and room for {capacity}; "
+            "take a larger bucket or crop the cloud"
+        )
+
+    def check(level: int, counts: np.ndarray, shape: tuple[int, int]) -> tuple[int, int]:
+        if (-(-counts // shape[1])).sum() > shape[0]:
+            refuse(level, f"{counts.sum()} pairs of neighbours", (shape[0] - len(counts)) * shape[1])
+        return shape
+
     for level, (valid, capacity) in enumerate(zip(coords, rows, strict=True)):
         if len(valid) > capacity:
-            raise CapacityError(
-                f"{len(coords[0])} voxels do not fit bucket {bucket}: level {level} has {len(valid)} and room for "
-                f"{capacity}; take a larger bucket or crop the cloud"
-            )
-
-    def fit(pairs: _Pairs, level: int, max_pairs: int, num_out: int) -> KernelMap:
-        tile = _tile(bucket, level)
-        capacity = max_pairs // tile + len(pairs.counts)  # every offset may leave a tile unfinished
-        if _tiles_per_offset(pairs, tile).sum() > capacity:
-            raise CapacityError(
-                f"{len(coords[0])} voxels do not fit bucket {bucket}: level {level} has {pairs.counts.sum()} pairs "
-                f"of neighbours and room for {max_pairs}; take a larger bucket or crop the cloud"
-            )
-        return _lay_out(pairs, (capacity, tile), rows[level], num_out)
-
-    stem_map = fit(stem, 0, int(_STEM_PAIR_RATIO * bucket), rows[0])
+            refuse(level, str(len(valid)), capacity)
+    stem_shape = check(0, stem.counts, _stem_shape(bucket, spread))
+    shapes = [
+        check(level, counts, _shape(bucket, level, room.submanifold[level] * bucket, 27))
+        for level, counts in enumerate([stem.counts[_INNER], *(pairs.counts for pairs in submanifold)])
+    ]
+    stem_map = _lay_out(stem, stem_shape, rows[0], rows[0])
     submanifold = [_stored(stem_map, stem.counts, _INNER), *submanifold]
     return Pyramid(
         coords=tuple(np.pad(c, ((0, n - len(c)), (0, 0))) for c, n in zip(coords, rows, strict=True)),
         num_voxels=np.array([len(c) for c in coords], np.int32),
         stem=stem_map,
-        submanifold=tuple(
-            fit(pairs, level, int(_PAIR_RATIO[level] * bucket), rows[level]) for level, pairs in enumerate(submanifold)
+        submanifold=tuple(_lay_out(pairs, s, n, n) for pairs, s, n in zip(submanifold, shapes, rows, strict=True)),
+        down=tuple(
+            _lay_out(pairs, _shape(bucket, level, rows[level], 8), rows[level], rows[level + 1])
+            for level, pairs in enumerate(down)
         ),
-        down=tuple(fit(pairs, level, rows[level], rows[level + 1]) for level, pairs in enumerate(down)),
     )
 
 
@@ -401,7 +433,7 @@ def build_pyramid(
         return _pad(level_coords, stem, submanifold, down, bucket, spread)
     bucket = next_bucket(len(coords))
     while True:
-        for spread in range(len(_ROW_RATIOS)):
+        for spread in range(len(_ROOMS)):
             with contextlib.suppress(CapacityError):
                 return _pad(level_coords, stem, submanifold, down, bucket, spread)
         bucket = next_bucket(bucket + 1)

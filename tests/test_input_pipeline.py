@@ -30,7 +30,7 @@ from ggsd_jax.input_pipeline import (
     train_iterator,
     transformed_voxels,
 )
-from kernels.voxel_grid import Voxels, build_pyramid, next_bucket
+from kernels.voxel_grid import Voxels, build_pyramid, common_spread, next_bucket
 
 CHANNELS = 6
 POINT_OF_FEATURE = np.array([0, 100, 1, 0, 0, 0], np.float32)  # features of box_scene @ this = their points
@@ -436,14 +436,13 @@ def test_a_process_makes_its_part_of_the_global_batch_and_reads_no_other_scene()
     assert_same(part, jax.tree.map(lambda x: x[2:], whole))
 
 
-@pytest.mark.parametrize("more", [(1, 0), (0, 1), (1, -1)])
-def test_processes_pad_to_the_largest_of_their_buckets_and_spreads(monkeypatch, more):
+@pytest.mark.parametrize("rows, theirs", [(0, 0), (0, 4), (1, 1), (1, 2)])
+def test_processes_pad_to_the_largest_of_their_buckets_and_their_common_spread(monkeypatch, rows, theirs):
     config = make_config()
     batches = take(3, Scenes(4), config, num_replicas=4)
-    bucket, spread = batches[0].bucket, batches[0].pyramid.spread
-    theirs = [next_bucket(bucket + more[0]), spread + more[1]]
-    larger, wider = theirs[0], max(spread, theirs[1])
-    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, theirs])
+    larger = next_bucket(batches[0].bucket + rows)
+    wider = common_spread([batches[0].pyramid.spread, theirs])
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, [larger, theirs]])
     sent = next(on_devices(iter(batches), config, 4))
     assert (sent.bucket, sent.pyramid.spread) == (larger, wider)
     assert len(sent.feats.sharding.device_set) == 4

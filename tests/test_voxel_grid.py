@@ -14,6 +14,7 @@ from kernels.voxel_grid import (
     COORDINATE_LIMIT,
     CapacityError,
     build_pyramid,
+    common_spread,
     kernel_map,
     next_bucket,
     repad,
@@ -229,7 +230,7 @@ def test_every_level_of_a_pyramid_has_the_maps_of_its_voxels(seed):
             assert rows(pairs(pyramid.down[level])) == rows(pairs(m))
 
 
-@pytest.mark.parametrize("spread", [0, 1, 2])
+@pytest.mark.parametrize("spread", range(5))
 def test_shapes_depend_on_bucket_and_spread_alone(spread):
     def shapes(pyramid):
         return jax.tree.map(np.shape, pyramid)
@@ -251,9 +252,20 @@ def test_sparser_clouds_get_more_coarse_rows_before_they_get_a_larger_bucket():
     pyramid = build_pyramid(far_apart(2000))
     assert pyramid.spread == 2 and pyramid.num_voxels[2] == 2000 and pyramid.bucket > 2000 / 0.6
     closed = AWKWARD["every neighbour"]._replace(voxels=2000).coords()
-    mixed = np.concatenate([closed[:1400], far_apart(600) + np.array([0, 10_000, 0, 0], np.int32)])
-    shapes = [(p.bucket, p.spread) for p in map(build_pyramid, (closed, mixed))]
-    assert shapes == [(2048, 0), (2048, 1)]
+    holey = AWKWARD["every neighbour"]._replace(voxels=2000, fill=0.25).coords()
+    both = np.concatenate([closed[:1600], far_apart(400) + np.array([0, 10_000, 0, 0], np.int32)])
+    shapes = [(p.bucket, p.spread) for p in map(build_pyramid, (closed, holey, both))]
+    assert shapes == [(2048, 0), (2048, 1), (2048, 3)]
+
+
+@pytest.mark.parametrize("spreads", list(itertools.combinations(range(5), 2)))
+def test_what_fits_one_of_two_spreads_fits_their_common_one(spreads):
+    def shapes(spread):
+        return [max(leaf.shape, default=0) for leaf in jax.tree.leaves(build_pyramid(one, bucket=2048, spread=spread))]
+
+    one = np.zeros((1, 4), np.int32)
+    common = shapes(common_spread(spreads))
+    assert all(c >= s for spread in spreads for c, s in zip(common, shapes(spread), strict=True))
 
 
 @pytest.mark.parametrize("n", [1, 700, 7000])
