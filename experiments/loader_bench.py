@@ -2,9 +2,10 @@
 
   python -m experiments.loader_bench --workers 0 1 2
 
-The scenes are empty rooms of configs/scannet.py's kind (voxels of 2 cm, 20,000 points with 512 channels), encoded as
-in a prepared data set and kept in memory, so reading from a disk is left out. Everything else a step waits for is in:
-decoding, augmentation, voxels, kernel maps, padding, and the way from the worker.
+The scenes are empty rooms of configs/scannet.py's kind (points as far apart as ScanNet's vertices, voxels of 2 cm,
+20,000 points with 512 channels), encoded as in a prepared data set and kept in memory, so reading from a disk is left
+out. Everything else a step waits for is in: decoding, augmentation, voxels, kernel maps, padding, and the way from the
+worker.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from ggsd_jax.input_pipeline import train_iterator
 
 CHANNELS = 512
 HEIGHT = 2.4  # metres
+SPACING = 1.9  # voxels from point to point: as many neighbours, and voxels on coarse levels, as ScanNet's vertices have
 
 
 class Rooms:
@@ -43,11 +45,12 @@ class Rooms:
 
 
 def room(seed: int, voxels: int, voxel_size: float, feature_points: int) -> Scene:
-    """A square floor and four walls, a point in each cell of a grid on them."""
+    """A square floor and four walls, a point somewhere in each cell of a grid on them."""
     rng = np.random.default_rng(seed)
-    area = 1.1 * voxels * voxel_size**2  # turned and scaled at random, such a grid of points fills 0.91 of its cells
+    spacing = SPACING * voxel_size
+    area = voxels * spacing**2
     side = np.sqrt(4 * HEIGHT**2 + area) - 2 * HEIGHT  # side^2 + 4 side HEIGHT = area
-    across, up = np.arange(0, side, voxel_size), np.arange(0, HEIGHT, voxel_size)
+    across, up = np.arange(0, side, spacing), np.arange(0, HEIGHT, spacing)
     floor = np.stack([*np.meshgrid(across, across), np.zeros((len(across), len(across)))], axis=-1).reshape(-1, 3)
     along, height = (grid.ravel() for grid in np.meshgrid(across, up))
     walls = [
@@ -55,7 +58,8 @@ def room(seed: int, voxels: int, voxel_size: float, feature_points: int) -> Scen
         for end in (np.zeros_like(along), np.full_like(along, side))
         for columns in ((along, end, height), (end, along, height))
     ]
-    points = np.concatenate([floor, *walls]) + rng.uniform(0, voxel_size / 4, 3)
+    points = np.concatenate([floor, *walls])
+    points += rng.uniform(0, spacing / 2, points.shape)
     cells = (points / 0.5).astype(np.int64)
     superpoints = np.unique(cells @ [1, 1000, 1_000_000], return_inverse=True)[1].astype(np.int32)
     chosen = np.sort(rng.choice(len(points), min(feature_points, len(points)), replace=False)).astype(np.int32)

@@ -185,34 +185,44 @@ def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_col
         ValueError: supervised training meets a scene without labels.
     """
     supervised = config.mode == "supervised"
-    sizes = [len(v.coords) for v in voxels]
-    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
     coords = [np.pad(v.coords, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(voxels)]
     feats = [input_features(v, s.colors, config.data.input_color) for s, v in zip(scenes, voxels, strict=True)]
     superpoints, num_superpoints = _compact_superpoints(scenes, voxels)
-    targets, target_index = [], []
-    for scene, scene_voxels, start in zip(scenes, voxels, starts, strict=True):
-        row_of_point = np.full(len(scene.points), -1, np.int32)
-        if not supervised:
-            row_of_point[scene.feature_index] = np.arange(len(scene.feature_index), dtype=np.int32)
-        row = row_of_point[scene_voxels.first]
-        targets.append(np.zeros((0, 0), np.float16) if supervised else scene.features[row[row >= 0]])
-        target_index.append(start + np.flatnonzero(row >= 0).astype(np.int32))
-
     pyramid = build_pyramid(np.concatenate(coords))
     bucket = max(pyramid.bucket, next_bucket(config.data.min_voxels))
     while num_superpoints > bucket // 4:
         bucket = next_bucket(bucket + 1)
+    num_targets = target_capacity(bucket, len(scenes), config.data.chunk_points)
+    if supervised:
+        targets, target_index = np.zeros((num_targets, 0), np.float16), np.full(num_targets, -1, np.int32)
+    else:
+        targets, target_index = _targets(scenes, voxels, num_targets)
     batch = Batch(
         pyramid=pyramid,
         feats=np.concatenate(feats),
         superpoints=superpoints,
-        targets=np.concatenate(targets),
-        target_index=np.concatenate(target_index),
+        targets=targets,
+        target_index=target_index,
         labels=_labels(scenes, voxels) if supervised else None,
         num_superpoints=num_superpoints,
     )
-    return pad_batch(batch, bucket, pyramid.spread, target_capacity(bucket, len(scenes), config.data.chunk_points))
+    return pad_batch(batch, bucket, pyramid.spread, num_targets)
+
+
+def _targets(scenes: Sequence[Scene], voxels: Sequence[Voxels], capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """2D features of the voxels that have one, and the rows of these voxels, padded to `capacity`."""
+    targets = np.zeros((capacity, scenes[0].features.shape[1]), np.float16)
+    index = np.full(capacity, -1, np.int32)
+    start = filled = 0
+    for scene, scene_voxels in zip(scenes, voxels, strict=True):
+        row_of_point = np.full(len(scene.points), -1, np.int32)
+        row_of_point[scene.feature_index] = np.arange(len(scene.feature_index), dtype=np.int32)
+        row = row_of_point[scene_voxels.first]
+        seen = np.flatnonzero(row >= 0)
+        targets[filled : filled + len(seen)] = scene.features[row[seen]]
+        index[filled : filled + len(seen)] = start + seen
+        start, filled = start + len(row), filled + len(seen)
+    return targets, index
 
 
 def _labels(scenes: Sequence[Scene], voxels: Sequence[Voxels]) -> Int32[np.ndarray, " V"]:
@@ -227,6 +237,8 @@ def pad_batch(batch: Batch, bucket: int, spread: int, num_targets: int) -> Batch
     """The same batch with the capacities of a bucket and a spread (`Pyramid.spread`) at least as large."""
 
     def pad(rows: np.ndarray, capacity: int, value: int) -> np.ndarray:
+        if len(rows) == capacity:
+            return rows
         padded = np.full((capacity, *rows.shape[1:]), value, rows.dtype)
         padded[: len(rows)] = rows
         return padded
