@@ -83,7 +83,9 @@ def measure(
         waited += arrived - now
         due = max(due + 1 / rate, arrived)
         time.sleep(due - arrived)
-    return steps / (time.monotonic() - start), waited / (time.monotonic() - start), voxels / steps
+    seconds = time.monotonic() - start
+    batches.close()
+    return steps / seconds, waited / seconds, voxels / steps
 
 
 def main() -> None:
