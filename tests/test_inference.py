@@ -1,9 +1,11 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from ggsd_jax import inference
+from kernels.sparse_conv import api
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,18 @@ def test_seams_do_not_show_in_the_labels_unless_there_is_no_halo(model, corridor
         return (ids != labels).mean()
 
     assert changed(48) < 0.001 < 0.004 < changed(0)
+
+
+def test_every_path_of_the_convolutions_gives_the_same_labels(model, corridor, whole, monkeypatch):
+    traced = []
+    monkeypatch.setattr(api, "fastest", lambda dtype: traced.append(dtype) or "xla")
+    jax.clear_caches()  # they hold this device's own path: the CPU's, or the GPU's kernels
+    portable = model.encode(corridor)
+    jax.clear_caches()
+    assert traced
+    np.testing.assert_allclose(portable, whole, atol=1e-4 * np.abs(whole).max())
+    texts = model.embed(model.info["classes"])
+    assert ((portable @ texts.T).argmax(axis=1) == (whole @ texts.T).argmax(axis=1)).mean() > 0.999
 
 
 def test_no_batch_is_larger_than_the_memory_bound(model, monkeypatch):
