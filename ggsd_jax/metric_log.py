@@ -38,10 +38,11 @@ class StepLog:
     def _begin(self) -> None:
         self._clock, self._waited, self._rows, self._pending = time.monotonic(), 0.0, 0, []
 
-    def add(self, terms: dict, rows: int, waited: float) -> None:
+    def add(self, stage: int, terms: dict, rows: int, waited: float) -> None:
         """Takes note of a step, which may still be running.
 
         Args:
+            stage: what the step belongs to.
             terms: arrays [R], equal on all replicas; "voxels" is their number in the whole batch.
             rows: what the whole batch has room for.
             waited: seconds that the batch made the step wait.
@@ -49,10 +50,11 @@ class StepLog:
         self._pending.append(terms)
         self._rows += rows
         self._waited += waited
+        self._bar.set_description(f"stage {stage}", refresh=False)
         self._bar.update()
 
     def write(self, step: int, values: dict[str, int | float]) -> None:
-        """Logs, under the number of the last step, `values` ("stage" among them) and the means since the last call.
+        """Logs, under the number of the last step, `values` and the means since the last call.
 
         Raises:
             NonFiniteError: a term is not a number; names it and the step.
@@ -76,7 +78,6 @@ class StepLog:
         }
         if self._log:
             self._log.write(step, means | speed | values)
-        self._bar.set_description(f"stage {values['stage']}", refresh=False)
         self._bar.set_postfix_str(
             f"loss {means['loss']:.3f}, {speed['voxels_per_second']:.3g} voxels/s, "
             f"data wait {speed['data_wait_share']:.0%}, memory {speed['peak_memory_gb']:.2f} GB"

@@ -287,7 +287,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
             hosts.wait()  # gloo gives up on a process that is half a minute late for its first collective
         trace.before_step(state)
         state, terms = steps[stage](state, batch, class_text)
-        log.add(terms, rows=replicas * batch.bucket, waited=waited)
+        log.add(stage, terms, rows=replicas * batch.bucket, waited=waited)
         jax.block_until_ready(previous)  # one step ahead of the devices: more would fill their memory with batches
         previous = terms
 
