@@ -134,7 +134,7 @@ def coordinates(voxels: Columns, axes: tuple[int, ...]) -> Int32[np.ndarray, "N 
 # ----------------------------------------------------------------------------------------------- odd kernels
 
 
-@numba.njit(inline="always")
+@_compile
 @no_type_check
 def _meet(own, own_first, near, near_first, shift, rows, position, in_index, out_index):
     """Pairs of the voxels t of column `own` with the voxels t + shift of column `near`, from `position` on.
