@@ -258,9 +258,14 @@ def _stored(kernel_map: KernelMap, counts: np.ndarray, offsets: np.ndarray) -> _
     return _Pairs(counts, copy)
 
 
+def _tiles(counts: np.ndarray, tile: int) -> np.ndarray:
+    """Tiles of each offset that has so many pairs."""
+    return -(-counts // tile)
+
+
 def _lay_out(pairs: _Pairs, shape: tuple[int, int], num_in: int, num_out: int) -> KernelMap:
     """Kernel map of `shape` (tiles, pairs per tile)."""
-    tiles = -(-pairs.counts // shape[1])
+    tiles = _tiles(pairs.counts, shape[1])
     num_tiles = tiles.sum(dtype=np.int32)
     offset_index = np.zeros(shape[0], np.int32)
     offset_index[:num_tiles] = np.repeat(np.arange(len(tiles)), tiles)
@@ -304,7 +309,7 @@ def kernel_map(
         parents, pairs = _coarsen(level)
         out_coords = parents.scaled(2 * tensor_stride)
     tile = _tile(len(coords))
-    shape = (int((-(-pairs.counts // tile)).sum()), tile)
+    shape = (int(_tiles(pairs.counts, tile).sum()), tile)
     return _lay_out(pairs, shape, len(coords), len(out_coords)), out_coords
 
 
@@ -380,7 +385,7 @@ def _pad(
         )
 
     def check(level: int, counts: np.ndarray, shape: tuple[int, int]) -> tuple[int, int]:
-        if (-(-counts // shape[1])).sum() > shape[0]:
+        if _tiles(counts, shape[1]).sum() > shape[0]:
             refuse(level, f"{counts.sum()} pairs of neighbours", (shape[0] - len(counts)) * shape[1])
         return shape
 
