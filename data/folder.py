@@ -170,7 +170,7 @@ def _with_labels(scene: Scene, labels: Shaped[np.ndarray, " N"] | None) -> Scene
 def _read_text(path: Path) -> dict[str, np.ndarray]:
     """The columns of a text file of 3 or 6 numbers per line, separated by blanks or commas; # begins a comment."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         cells = re.split(r"[\s,;]+", line.split("#")[0].strip())
         if cells == [""]:
             continue

@@ -5,6 +5,7 @@ label/label_constants.py); NYU40 ids and colours are ScanNet's (BenchmarkScripts
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,16 @@ class LabelSet:
         return np.where(inside[:, None], self.palette[np.where(inside, labels, 0)], np.uint8(0))
 
 
+def unknown_label_set(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    return f"unknown label set {name!r}; did you mean {near[0]!r}? known: {', '.join(known)}"
+
+
 class _LabelSets(dict):
     def __missing__(self, name: str) -> LabelSet:
-        near = difflib.get_close_matches(str(name), self, n=1, cutoff=0.0)
-        known = ", ".join(sorted(self))
-        raise ValueError(f"unknown label set {name!r}; did you mean {near[0]!r}? known: {known}")
+        raise ValueError(unknown_label_set(name, self))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -71,6 +71,8 @@ def _parse_header(path: Path, content: bytes) -> tuple[dict[str, list[str]], np.
             zip(*(header[part] for part in ("fields", "size", "type", "count")), strict=True)
         ):
             name = f"_{i}" if name == "_" else name  # padding
+            if name in ("rgb", "rgba") and (int(size), int(count)) != (4, 1):
+                raise ValueError(f"the packed colour {name} has {count} x {size} bytes, expected 1 x 4")
             fields.append((name, f"<{_KINDS[kind]}{int(size)}", (int(count),) if int(count) > 1 else ()))
         count = int(header["points"][0])
         if int(header["width"][0]) * int(header["height"][0]) != count:

@@ -95,20 +95,27 @@ def load_model(directory: Path) -> tuple[PyTree, dict]:
 
     Raises:
         FileNotFoundError: the folder holds no model.
+        ValueError: files of it are missing or damaged.
     """
     path = directory / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} holds no model ({MODEL_FILE} is missing); name a run's work directory or its model/ folder"
         )
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-        saved = (directory / "variables").resolve()
-        kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(saved).item_metadata.tree
-        )
-        variables = checkpointer.restore(saved, restore_args=kinds)
-    return variables, json.loads(path.read_text())
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, {error}; copy or export the model again") from error
+    saved = (directory / "variables").resolve()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
+        try:
+            tree = checkpointer.metadata(saved).item_metadata.tree
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return checkpointer.restore(saved, restore_args=kinds), info
+        except Exception as error:  # Orbax and TensorStore have many ways to meet half a copy
+            raise ValueError(
+                f"{saved}: the weights are incomplete or damaged; copy or export the model again ({error})"
+            ) from error
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -90,7 +90,9 @@ def devices() -> Iterator[Check]:
         total = float(jax.numpy.arange(1000.0).sum())
     except Exception as error:  # a broken installation can fail in any way
         yield Check(
-            "FAIL", f"jax cannot compute: {error}".splitlines()[0], "make setup; on a GPU see BUILD.md, Install"
+            "FAIL",
+            f"jax cannot compute: {error or type(error).__name__}".splitlines()[0],
+            "make setup; on a GPU see BUILD.md, Install",
         )
         return
     kinds = ", ".join(sorted({device.device_kind for device in found}))

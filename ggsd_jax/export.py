@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS,
     net = inference.network(model.variables, info["arch"])
     programs = {bucket: portable.serialize(net, model.variables, bucket) for bucket in buckets}
     out.parent.mkdir(parents=True, exist_ok=True)
-    staged = out.with_name(out.name + ".part")
+    staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         checkpoint.save_model(staged, model.variables, info)
         if encoder.suffix == ".npz":
@@ -126,14 +127,15 @@ def from_openscene(
         label_set = label_set or _OPENSCENE_DATA[dataset].label_set
     if not 0 < voxel_size < np.inf:
         raise ValueError(f"--voxel_size={voxel_size}: expected metres, e.g. 0.02")
-    classes = list(word_list(label_set).classes)
+    labels = word_list(label_set)
+    classes = list(labels.classes)
     info = {
         "arch": saved["arch"],
         "voxel_size": voxel_size,
         "input_color": False,
         "text_encoder": text_encoder,
         "prompt": "a {} in a scene",
-        "label_set": label_set,
+        "label_set": labels.name,
         "classes": classes,
         "trained_on": {
             "dataset": dataset or "unknown",
@@ -216,7 +218,7 @@ ones = np.ones(({bucket}, 3), np.float32)  # the network's input: voxels without
 features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), ones))[of_point.ravel()]
 ```
 
-NaN means that the cloud does not fit the bucket: take the next one.
+NaN means that the cloud does not fit the bucket (take the next one), or spans over a million voxels along an axis.
 """
 
 
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
             if given:
                 raise ValueError(f"--{given[0]} is for --openscene: a trained model knows its own")
             model = inference.load(args.model)
-            run = args.model if (args.model / "model").is_dir() else args.model.parent
+            run = _run_of(args.model)
         else:
             if args.text_encoder is None:
                 raise ValueError("--openscene needs --text_encoder: CLIP's folder or an .npz of embeddings")
@@ -238,6 +240,14 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(f"written: {out}/  (read MODEL_CARD.md; inference.load takes the folder)")
+
+
+def _run_of(model: Path) -> Path | None:
+    """The folder with config.json and results.json of a run, its model/ folder, or an export; None: not known."""
+    if (model / "model").is_dir() or (model / "MODEL_CARD.md").is_file():
+        return model
+    in_run = model.name == "model" and (model.parent / "config.json").is_file()
+    return model.parent if in_run else None
 
 
 def _default_out(source: Path) -> Path:

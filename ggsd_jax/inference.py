@@ -21,6 +21,16 @@ from ggsd_jax.vision_language import text
 from kernels.voxel_grid import BATCH_LIMIT, CapacityError, Pyramid, Voxels, build_pyramid, voxelize
 
 RELEVANCY_TEMPERATURE = 0.1
+_FIELDS = {  # of model.json
+    "arch": str,
+    "voxel_size": float,
+    "input_color": bool,
+    "text_encoder": str,
+    "prompt": str,
+    "label_set": str,
+    "classes": list,
+    "trained_on": dict,
+}
 
 
 def encode_voxels(
@@ -110,7 +120,8 @@ class Model:
             points: metres, z up; finite.
             colors: RGB; needed only by a network that was trained with `data.input_color`.
         Raises:
-            ValueError: no points, one that is not finite or too far out, or colours are needed and missing.
+            ValueError: no points, one that is not finite or too far out, or colours are needed and missing or are not
+                uint8 [N, 3].
         """
         return self.encode_scenes([points], [colors])[0]
 
@@ -149,9 +160,7 @@ class Model:
         Returns:
             Index of the best label of each point, and the cosine similarity of each point to each label.
         """
-        labels = list(self.info["classes"] if labels is None else labels)
-        if not labels:
-            raise ValueError("labels is empty: name at least one thing to look for")
+        labels = self.info["classes"] if labels is None else _listed("labels", labels)
         scores = self.similarity(points, self.embed(labels), colors)
         return scores.argmax(axis=1).astype(np.int32), scores
 
@@ -169,15 +178,27 @@ class Model:
             words: Q of them.
             negatives: what is not meant; a point nearer to one of these than to the word scores below 1/2.
         """
-        if not words:
-            raise ValueError("words is empty: name at least one thing to look for")
+        words = _listed("words", words)
+        negatives = _listed("negatives", negatives) if len(negatives) else ()
         embedding = np.concatenate([self.embed(words), self.contrast(negatives)])
         similarity = self.similarity(points, embedding, colors)
         return relevancy(similarity[:, : len(words)], similarity[:, len(words) :])
 
     def embed(self, words: Sequence[str]) -> Float32[np.ndarray, "L C"]:
-        """Unit rows of words under the text encoder the network learned to agree with."""
-        return text.embed(list(words), encoder=self.info["text_encoder"], prompt=self.info["prompt"])
+        """Unit rows of words under the text encoder the network learned to agree with.
+
+        Raises:
+            ValueError: the encoder's rows are of another width than the network's features.
+        """
+        encoder = self.info["text_encoder"]
+        rows = text.embed(list(words), encoder=encoder, prompt=self.info["prompt"])
+        channels = self.variables["params"]["final"]["kernel"].shape[-1]
+        if rows.shape[1] != channels:
+            raise ValueError(
+                f"the text encoder {encoder} has {rows.shape[1]} channels and the network {channels}: "
+                "set text_encoder in model.json to the one it learned from"
+            )
+        return rows
 
     def without_meaning(self, words: Sequence[str]) -> list[str]:
         """Those of some words that the text encoder knows nothing of; the demo's is a short table of concepts."""
@@ -203,8 +224,13 @@ class Model:
         self, clouds: Sequence, colors: Sequence | None, of_features: Callable
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """`of_features` of the features [v, C] of some voxels, for all of every cloud, and the voxel of each point."""
-        voxels = [voxelize(points, self.info["voxel_size"]) for points in clouds]
         colors = [None] * len(clouds) if colors is None else colors
+        for points, rgb in zip(clouds, colors, strict=True):
+            if np.ndim(points) != 2 or np.shape(points)[1] != 3:
+                raise ValueError(f"points has shape {list(np.shape(points))}: expected [N, 3], metres")
+            if rgb is not None and (rgb.dtype != np.uint8 or rgb.shape != points.shape):
+                raise ValueError(f"colors is {rgb.dtype} {list(rgb.shape)}: expected uint8 {list(points.shape)}")
+        voxels = [voxelize(points, self.info["voxel_size"]) for points in clouds]
         feats = [input_features(v, c, self.info["input_color"]) for v, c in zip(voxels, colors, strict=True)]
         results: list[np.ndarray | None] = [None] * len(clouds)
         for scene, rows, features in self._batches([v.coords for v in voxels], feats):
@@ -264,11 +290,18 @@ def load(path: str | Path) -> Model:
 
     Raises:
         FileNotFoundError: there is no model.
-        ValueError: the network was trained with labels: it knows no words.
+        ValueError: a file is damaged or incomplete, or the network was trained with labels: it knows no words.
     """
     path = Path(path)
     folder = path / "model" if (path / "model").is_dir() else path
     variables, info = checkpoint.load_model(folder)
+    for field, kind in _FIELDS.items():
+        if not isinstance(info.get(field) if isinstance(info, dict) else None, kind):
+            raise ValueError(
+                f"{folder / checkpoint.MODEL_FILE}: the field {field!r} is missing or no {kind.__name__}; "
+                "copy or export the model again"
+            )
+    network(variables, info["arch"])
     if not info["text_encoder"]:
         raise ValueError(f"{folder} was trained with labels (mode=supervised): it gives logits of classes, not words")
     own_encoder = folder / info["text_encoder"]  # an export brings its file of embeddings along
@@ -290,6 +323,14 @@ def network(variables: Mapping[str, Any], arch: str) -> MinkUNet:
         return from_shapes(shapes, architecture(arch).layers)
     except ValueError as error:
         raise ValueError(f"variables are not those of a {arch}: {error}") from error
+
+
+def _listed(argument: str, words: Sequence[str]) -> list[str]:
+    if isinstance(words, str):
+        raise ValueError(f"{argument} is the text {words!r}: give a list, as [{words!r}]")
+    if len(words) == 0:
+        raise ValueError(f"{argument} is empty: name at least one thing to look for")
+    return [str(word) for word in words]
 
 
 def _in_batch(coords: Int32[np.ndarray, "V 3"], index: int) -> Int32[np.ndarray, "V 4"]:

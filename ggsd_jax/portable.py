@@ -20,8 +20,8 @@ from ggsd_jax.minkunet import MinkUNet
 from kernels.voxel_grid import KernelMap, Pyramid, build_pyramid
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-COORDINATE_LIMIT = (1 << 20) - 2
-"""Voxels lie in [-COORDINATE_LIMIT, COORDINATE_LIMIT)."""
+EXTENT_LIMIT = (1 << 20) - 32
+"""Voxels along each axis that a cloud may span."""
 _BITS = 21  # of each axis in a packed key
 _TILE = 1024  # pairs
 _NOWHERE = np.iinfo(np.int64).max  # key of a padding row: sorts last
@@ -36,7 +36,7 @@ def serialize(model: MinkUNet, variables: Mapping[str, Any], bucket: int) -> byt
         num_voxels: int32 [];
         feats: float32 [bucket, Cin], the network's input (ones [bucket, 3] where it does not read colours)
     and returns features float32 [bucket, C]: zero from row num_voxels on; NaN if the cloud has more coarse voxels than
-    the bucket has room for: take the next one.
+    the bucket has room for (take the next one) or spans more than `EXTENT_LIMIT` voxels.
 
     Raises:
         ValueError: bucket is no positive multiple of 128.
@@ -85,10 +85,15 @@ def _pyramid(coords: Int[Array, "V 3"], num_voxels: Int[Array, ""]) -> tuple[Pyr
     """The pyramid of `coords` in the shapes of its bucket, and whether all levels fit."""
     bucket = coords.shape[0]
     shapes = build_pyramid(np.zeros((1, 4), np.int32), bucket=bucket).coords
-    keys = jnp.where(jnp.arange(bucket) < num_voxels, _pack(coords), _NOWHERE)
+    there = jnp.arange(bucket) < num_voxels
+    stride = 1 << (len(shapes) - 1)  # of the coarsest level: moved by a multiple, voxels keep their parents
+    lowest = jnp.where(there[:, None], coords, np.iinfo(np.int32).max).min(axis=0) // stride * stride
+    coords = coords - lowest  # where the difference overflows it is negative
+    spans = ((coords >= 0) & (coords < EXTENT_LIMIT)).all(axis=1) | ~there
+    keys = jnp.where(there, _pack(coords), _NOWHERE)
     order = jnp.argsort(keys).astype(jnp.int32)
     level = _Level(keys[order], order)
-    sizes, submanifold, down, fits = [num_voxels], [_neighbours(level, 3)], [], num_voxels <= bucket
+    sizes, submanifold, down, fits = [num_voxels], [_neighbours(level, 3)], [], spans.all() & (num_voxels <= bucket)
     stem = _neighbours(level, 5)
     for capacity in (c.shape[0] for c in shapes[1:]):
         coarse, size = _coarsen(level, capacity)

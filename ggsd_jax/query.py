@@ -25,7 +25,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data.folder import CLOUD_SUFFIXES, UNITS, check_metres, in_metres, read_file
-from data.labels import LABEL_SETS, LabelSet
+from data.labels import LABEL_SETS, LabelSet, unknown_label_set
 from data.ply import replacing, write_ply
 from data.scene import Scene, read_ply
 from data.synthetic import SYNTHETIC
@@ -35,6 +35,7 @@ from kernels.voxel_grid import kernel_map, voxelize
 
 THRESHOLD = 0.5
 MIN_POINTS = 20  # a region of fewer is a speck
+_KNOWN_LABELS = {SYNTHETIC.name: SYNTHETIC, **LABEL_SETS}
 _READERS = dict.fromkeys(CLOUD_SUFFIXES, read_file) | {".ply": read_ply}  # whose labels need not be classes
 
 # ------------------------------------------------------------------------------------------------- the answer
@@ -104,7 +105,8 @@ def scene_files(paths: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+            there = (file for file in path.iterdir() if file.is_file() or file.is_symlink())
+            inside = sorted(file for file in there if file.suffix.lower() in _READERS)
             if not inside:
                 raise FileNotFoundError(f"{path}: no {' or '.join(_READERS)} file in this folder")
             files += inside
@@ -136,7 +138,7 @@ def read_scene(path: Path, unit: str | None = None) -> Scene:
 
 
 def word_list(name: str) -> LabelSet:
-    """A label set of `data.labels` by name, or the lines of a text file with colours of their own.
+    """A label set of `data.labels` by name, or the lines of a text file with colours of their own; # begins a comment.
 
     Raises:
         ValueError: neither; the nearest name is suggested. Or a file without words.
@@ -145,15 +147,27 @@ def word_list(name: str) -> LabelSet:
     path = Path(name)
     if path.suffix == ".txt" or path.is_file():
         try:
-            words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such list of labels") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text file, one label per line: {error}") from error
+        words = tuple(filter(None, lines))
         if not words:
             raise ValueError(f"{path}: no label in it; write one per line")
-        return LabelSet(path.stem, tuple(words), render.distinct_colors(len(words)))
-    return SYNTHETIC if name == SYNTHETIC.name else LABEL_SETS[name]
+        return LabelSet(path.stem, words, render.distinct_colors(len(words)))
+    if name not in _KNOWN_LABELS:
+        raise ValueError(unknown_label_set(name, _KNOWN_LABELS))
+    return _KNOWN_LABELS[name]
+
+
+def labels_of(model: Model) -> LabelSet:
+    """The classes a network was trained for, in the colours of their label set."""
+    name, classes = model.info["label_set"], tuple(model.info["classes"])
+    known = _KNOWN_LABELS.get(name)
+    if known is not None and known.classes == classes:
+        return known
+    return LabelSet(name, classes, render.distinct_colors(len(classes)))
 
 
 # ---------------------------------------------------------------------------------------------- paint and store
@@ -261,13 +275,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    args.words = [" ".join(word.split()) for word in args.words]
+    args.words, args.without = ([" ".join(word.split()) for word in words] for words in (args.words, args.without))
     if bool(args.words) == bool(args.labels):
         raise ValueError('say what to look for, e.g. "chair" "soft seat", or --labels=nyu40 (one of the two)')
     if args.labels and args.without:
         raise ValueError("--without is held against a query: it says nothing about --labels")
-    if not all([*args.words, *args.without]):
-        raise ValueError("a query is empty: name a thing to look for")
+    for argument, words in (("a query", args.words), ("--without", args.without)):
+        if not all(words):
+            raise ValueError(f"{argument} is empty: name a thing")
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold={args.threshold}: scores are between 0 and 1, 0.5 is as near as to anything")
     if args.top < 1:
@@ -287,18 +302,17 @@ def run(args: argparse.Namespace) -> None:
     for file in files:
         try:
             scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
-        except ValueError as error:  # one bad scan does not end a search through many
-            if len(files) == 1:
-                raise
-            left_out.append(str(error))
-            continue
-        if labels is None:
-            found[scene.name] = answer(model, scene, args)
-        else:
-            label(model, scene, labels, args)
+            if labels is None:
+                found[scene.name] = answer(model, scene, args)
+            else:
+                label(model, scene, labels, args)
+        except (ValueError, OSError) as error:  # one bad scan does not end a search through many
+            left_out.append(str(error) if str(file) in str(error) else f"{file}: {error}")
     if len(found) > 1:
         rank(found, args.words, args.top)
     if left_out:
+        if len(files) == 1:
+            raise ValueError(left_out[0])
         problems = "\n".join(left_out)
         raise ValueError(f"{len(left_out)} of {len(files)} scans left out:\n{problems}")
     print(f"\nwritten: {args.out}/  (.ply coloured, .npz scores, .png picture of each scan)")
@@ -308,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m ggsd_jax.query", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sets = ", ".join([SYNTHETIC.name, *LABEL_SETS])
+    sets = ", ".join(_KNOWN_LABELS)
     add = parser.add_argument
     add("words", nargs="*", metavar="WORDS", help="what to look for; quote each query")
     add("--model", required=True, type=Path, help="work directory of a run, or an exported model")

@@ -1,6 +1,7 @@
 """Pictures of point clouds with NumPy alone: an orthographic look from above into the opened room."""
 
 import colorsys
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,10 @@ def side_by_side(
     legend: dict[str, UInt8[np.ndarray, "3"]],
 ) -> None:
     """Writes one PNG with a titled panel per colouring and a legend below."""
-    font = ImageFont.load_default(size=16)
+    font = _font("".join([*panels, *legend]))
     width, height, margin = 480, 420, 28
     canvas_width = width * len(panels)
+    legend = {_shortened(name, font, canvas_width - 44): color for name, color in legend.items()}
     longest = max((font.getlength(name) for name in legend), default=0)
     per_row = int(np.clip(canvas_width // (longest + 44), 1, 8))
     legend_rows = -(-len(legend) // per_row)
@@ -84,9 +86,7 @@ def side_by_side(
     draw = ImageDraw.Draw(canvas)
     for i, (title, colors) in enumerate(panels.items()):
         canvas.paste(Image.fromarray(render(points, colors, width, height)), (i * width, margin))
-        title = title.replace("_", " ")
-        while font.getlength(title) > width - 24:
-            title = title[:-4] + "…"
+        title = _shortened(title.replace("_", " "), font, width - 24)
         draw.text((i * width + 12, 5), title, fill="black", font=font)
     step = canvas_width // per_row
     for i, (name, color) in enumerate(legend.items()):
@@ -94,3 +94,20 @@ def side_by_side(
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(c) for c in color))
         draw.text((x + 24, y - 2), name, fill="black", font=font)
     canvas.save(path)
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, which has the letters of English; for others one of the machine's, if there is one."""
+    if not text.isascii():
+        for name in ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, 16)
+    return ImageFont.load_default(size=16)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text that fits into some pixels, its end cut off if need be."""
+    text = text if len(text) <= 200 else text[:200] + "…"
+    while font.getlength(text) > width:
+        text = text[:-4] + "…"
+    return text

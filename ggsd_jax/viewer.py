@@ -11,6 +11,8 @@ superpoints, 2D features or labels (data/scene.py) can be seen by those too. Nee
 import argparse
 import functools
 import html
+import logging
+import socket
 import sys
 import tempfile
 import threading
@@ -177,12 +179,16 @@ def sample(count: int, limit: int) -> Int[np.ndarray, " S"]:
 class Page:
     """One browser's view: what it has asked, the panel it asks with, and the cloud it sees."""
 
-    def __init__(self, client: Any, names: Sequence[str], answers_of: Callable[[str], Answers], max_sent: int):
+    def __init__(
+        self, client: Any, names: Sequence[str], first: str, answers_of: Callable[[str], Answers], max_sent: int
+    ):
         self.client, self.answers_of, self.max_sent = client, answers_of, max_sent
         self.lock, self.acting = threading.Lock(), 0  # viser calls back from many threads
         self.scores: np.ndarray | None = None
+        self.answers: Answers | None = None  # until a scan was opened
+        self.asked = self.note = ""  # what the scores are of, and what to say about it
         gui = client.gui
-        self.scan = gui.add_dropdown("Scan", tuple(names), initial_value=names[0])
+        self.scan = gui.add_dropdown("Scan", tuple(names), initial_value=first)
         self.words = gui.add_text("Find", "", hint="any words, then Enter")
         self.without = gui.add_text("Without", "", hint="what is not meant, separated by commas")
         self.threshold = gui.add_slider("Threshold", 0.0, 1.0, 0.01, query.THRESHOLD)
@@ -195,7 +201,7 @@ class Page:
         self.scan.on_update(self._guarded(self.show_scan))
         self.words.on_update(self._guarded(self.ask))
         self.without.on_update(self._guarded(self.ask))
-        self.threshold.on_update(self._guarded(self.paint))
+        self.threshold.on_update(self._guarded(self.set_threshold))
         self.mode.on_update(self._guarded(self.paint))
         self.height.on_update(self._guarded(self.draw))
         self.size.on_update(self._guarded(self.resize))
@@ -204,17 +210,22 @@ class Page:
         self._guarded(self.show_scan)(None)
 
     def _guarded(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
-        """One action at a time; what goes wrong is said on the page."""
+        """One action at a time, and none without a scan; what goes wrong is said on the page."""
 
         def act(event: Any) -> None:
             if self.acting == threading.get_ident():  # viser also calls back for what an action sets itself
                 return
             with self.lock:
+                if self.answers is None and action != self.show_scan:
+                    return
                 self.acting = threading.get_ident()
                 try:
                     action(event)
                 except (ValueError, OSError) as error:
                     self._say(str(error)[:400])
+                except Exception as error:
+                    logging.exception("an action on the page failed")
+                    self._say(f"{type(error).__name__}: {error}"[:400])
                 finally:
                     self.acting = 0
 
@@ -222,7 +233,13 @@ class Page:
 
     def show_scan(self, _: Any) -> None:
         self._say("Reading and encoding the scan ...")
-        self.answers = answers = self.answers_of(self.scan.value)
+        try:
+            answers = self.answers_of(self.scan.value)
+        except Exception:
+            if self.answers is not None:  # go on with the one before
+                self.scan.value = self.opened
+            raise
+        self.answers, self.opened = answers, self.scan.value
         points, self.scores = answers.scene.points, None
         self.sent = sample(len(points), self.max_sent)
         self.centre = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -231,6 +248,8 @@ class Page:
         self.draw(None)
         part = f", {len(self.sent):,} of them drawn" if len(self.sent) < len(points) else ""
         self._say(f"{len(points):,} points{part}. Type what you look for, or click a point.")
+        if self.words.value:
+            self.ask(None)
 
     def draw(self, _: Any) -> None:
         """Sends the points up to the height to be shown."""
@@ -254,11 +273,19 @@ class Page:
             return
         start = time.perf_counter()
         self.scores = self.answers.ask(words, [part for part in without if part])
-        share = float((self.scores > self.threshold.value).mean())
         took = 1000 * (time.perf_counter() - start)
         unknown = ". This model's stand-in for CLIP knows no word of it" if self.answers.knows_nothing_of(words) else ""
-        self._say(f'"{words}": {share:.1%} of the points, best score {self.scores.max():.2f} ({took:.0f} ms){unknown}')
+        self.asked, self.note = words, f"({took:.0f} ms){unknown}"
+        self._say_found()
         self._show(HEAT)
+
+    def set_threshold(self, _: Any) -> None:
+        within = min(max(float(self.threshold.value), 0.0), 1.0)  # the number beside the slider takes any
+        if within != self.threshold.value:
+            self.threshold.value = within
+        if self.scores is not None and self.asked:
+            self._say_found()
+        self.paint(None)
 
     def click(self, event: Any) -> None:
         picked = picked_point(self.drawn, event.ray_origin, event.ray_direction)
@@ -266,7 +293,8 @@ class Page:
             return
         point = int(self.shown[picked])
         labels = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.answers.nearest_labels(point))
-        self.scores = self.answers.similar(point)
+        self.scores, self.asked = self.answers.similar(point), ""
+        self.words.value = ""  # so that asking the same again is a change
         self.client.scene.add_icosphere("/picked", radius=0.04, color=(30, 90, 255), position=self.drawn[picked])
         self._say(f"point {point}: {labels}. The heat map shows what is like it.")
         self._show(HEAT)
@@ -297,6 +325,10 @@ class Page:
             self.mode.value = mode
         self.paint(None)
 
+    def _say_found(self) -> None:
+        share = float((self.scores > self.threshold.value).mean())
+        self._say(f'"{self.asked}": {share:.1%} of the points, best score {self.scores.max():.2f} {self.note}')
+
     def _say(self, text: str) -> None:
         self.said.content = f'<div style="padding:0 1em">{html.escape(text)}</div>'
 
@@ -314,8 +346,15 @@ def serve(
 
     Raises:
         ImportError: viser is not installed.
+        ValueError: there is no such address, or none of the scans can be read.
     """
     import viser
+
+    try:
+        with socket.socket() as probe:  # viser waits for ever on an address that is not this machine's
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ValueError(f"--host={host} is no address of this machine ({error}); 127.0.0.1 or 0.0.0.0?") from error
 
     known = {file.stem: file for file in files}
     lock = threading.Lock()
@@ -335,14 +374,25 @@ def serve(
     server.scene.set_up_direction("+z")
 
     # Every scan is moved to the origin. Set before a browser comes: its first messages would undo what comes after.
-    reach = float(np.linalg.norm(np.ptp(query.read_scene(files[0], unit).points, axis=0)))
+    first, points = _first_readable(files, unit)
+    reach = float(np.linalg.norm(np.ptp(points, axis=0)))
     server.initial_camera.position, server.initial_camera.look_at = np.array([0.3, -0.3, 0.55]) * reach, np.zeros(3)
 
     @server.on_client_connect
     def _(client: Any) -> None:
-        Page(client, list(known), answers_of, max_sent)
+        Page(client, list(known), first, answers_of, max_sent)
 
     return server
+
+
+def _first_readable(files: Sequence[Path], unit: str | None) -> tuple[str, np.ndarray]:
+    """Name and points of the first scan that can be read; the page says what is wrong with the others."""
+    for file in files:
+        try:
+            return file.stem, query.read_scene(file, unit).points
+        except (ValueError, OSError) as error:
+            problem = error
+    raise problem
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -351,9 +401,13 @@ def serve(
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
+        if not 0 < args.port < 65536:
+            raise ValueError(f"--port={args.port}: ports are 1 to 65535")
+        if args.points < 1:
+            raise ValueError(f"--points={args.points}: draw at least one")
         files = query.scene_files(args.scene)
         model = inference.load(args.model)
-        labels = query.word_list(args.labels or model.info["label_set"])
+        labels = query.word_list(args.labels) if args.labels else query.labels_of(model)
         inference.keep_compiled_programs()
         server = serve(model, files, labels, host=args.host, port=args.port, unit=args.unit, max_sent=args.points)
     except ImportError as error:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,24 @@ def test_a_model_comes_back_with_its_info_and_replaces_the_one_before(tmp_path):
 def test_a_folder_without_a_model_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model"):
         checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut off", "no list of what is there"])
+def test_half_a_copy_of_a_model_is_named_in_the_error(tmp_path, damage):
+    folder = tmp_path / "model"
+    checkpoint.save_model(folder, {"params": {"w": np.arange(3000.0)}}, {})
+    if damage == "absent":
+        shutil.rmtree(folder / "variables")
+    elif damage == "cut off":
+        for file in (folder / "variables").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[:10])
+    else:
+        (folder / "variables" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match=f"{folder}/variables: the weights are incomplete or damaged"):
+        checkpoint.load_model(folder)
+    (folder / "model.json").write_text("{")
+    with pytest.raises(ValueError, match="model.json: damaged"):
+        checkpoint.load_model(folder)
 
 
 def test_the_info_of_a_model_is_plain_json(tmp_path):

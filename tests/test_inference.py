@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -123,3 +125,37 @@ def test_negatives_lower_scores_and_never_raise_them(model):
 def test_bad_input_is_refused_in_words(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.segment(room(0), "chair"), "labels is the text 'chair': give a list"),
+        (lambda model: model.query(room(0), "chair"), "words is the text 'chair': give a list"),
+        (lambda model: model.query(room(0), ["chair"], "stool"), "negatives is the text 'stool': give a list"),
+        (lambda model: model.query(room(0), []), "words is empty"),
+        (lambda model: model.segment(room(0), []), "labels is empty"),
+        (lambda model: model._per_point([room(0)[:, :2]], None, len), r"points has shape \[900, 2\]: expected"),
+        (lambda model: model._per_point([room(0)], [np.ones((900, 3))], len), "colors is float64 .*expected uint8"),
+        (lambda model: model._per_point([room(0)], [np.ones((9, 3), np.uint8)], len), r"expected uint8 \[900, 3\]"),
+    ],
+)
+def test_what_a_model_cannot_take_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_words_of_an_encoder_of_another_width_are_refused(model):
+    other = dataclasses.replace(model, info=model.info | {"text_encoder": "stand-in:96"})
+    with pytest.raises(ValueError, match="stand-in:96 has 96 channels and the network 32"):
+        other.segment(room(0), ["chair"])
+
+
+@pytest.mark.parametrize("field", ["arch", "voxel_size", "text_encoder", "classes"])
+def test_a_model_whose_description_lacks_something_is_refused(model_dir, tmp_path, field):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    info = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(info | {field: None}))
+    with pytest.raises(ValueError, match=f"model.json: the field '{field}' is missing or no"):
+        inference.load(folder)

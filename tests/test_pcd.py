@@ -144,6 +144,7 @@ def test_a_file_cut_off_is_refused(tmp_path, form):
         (b"TYPE F", b"TYPE Q", "corrupt PCD header: 'Q'"),
         (b"WIDTH 20", b"WIDTH 21", "corrupt PCD header: WIDTH x HEIGHT is not POINTS"),
         (b"POINTS 20\n", b"", "header has no line POINTS"),
+        (b"SIZE 4 4 4 4", b"SIZE 4 4 4 8", "the packed colour rgb has 1 x 8 bytes, expected 1 x 4"),
     ],
 )
 def test_a_bad_header_is_named(tmp_path, old, new, message):

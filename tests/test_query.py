@@ -81,7 +81,11 @@ def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model
     scans.mkdir()
     (scans / "a.ply").write_text("ply\nformat ascii 1.0\n")
     (scans / "b.npz").write_bytes((folder / "b.npz").read_bytes())
-    with pytest.raises(SystemExit, match="1 of 2 scans left out:\n.*a.ply"):
+    stray = np.vstack([np.random.default_rng(0).uniform(0, 3, (900, 3)), [[1e6, 0, 0]]])
+    Scene("c", stray.astype(np.float32)).save_npz(scans / "c.npz")
+    (scans / "d.ply").symlink_to("nowhere.ply")
+    (scans / "e.ply").mkdir()
+    with pytest.raises(SystemExit, match=r"3 of 4 scans left out:\n.*a.ply.*\n.*c.npz: points row 900.*\n.*d.ply"):
         ask(model_dir, f"--scene={scans}", "chair", "piano", f"--out={tmp_path / 'out'}")
     printed = capsys.readouterr().out
     assert "b: 900 points" in printed and (tmp_path / "out/b.ply").is_file()
@@ -92,7 +96,7 @@ def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model
 def test_every_point_gets_a_label_of_a_set_or_of_a_file(model_dir, folder, tmp_path, capsys, labels):
     if labels == "words.txt":
         labels = tmp_path / labels
-        labels.write_text("stove\n\n  red chair \n")
+        labels.write_text("\ufeffstove\n\n# warm\n  red chair \n", encoding="utf-8")
     ask(model_dir, f"--scene={folder / 'b.npz'}", f"--labels={labels}", f"--out={tmp_path / 'out'}")
     stored, words = np.load(tmp_path / "out" / "b.npz"), query.word_list(str(labels)).classes
     assert words[0] in ("wall", "stove") and stored["scores"].shape == (900, len(words))
@@ -117,7 +121,9 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
         (["--scene={folder}/a.ply"], "say what to look for"),
         (["--scene={folder}/a.ply", "chair", "  "], "a query is empty"),
         (["--scene={folder}/a.ply", "chair", "--labels=nyu40"], "one of the two"),
+        (["--scene={folder}/a.ply", "chair", "--without= "], "--without is empty"),
         (["--scene={folder}/a.ply", "--labels=nyu4"], "did you mean 'nyu40'"),
+        (["--scene={folder}/a.ply", "--labels=sintetic"], "did you mean 'synthetic'"),
         (["--scene={folder}/a.ply", "--labels=lost.txt"], "lost.txt: no such list"),
         (["--scene={folder}/a.ply", "chair", "--threshold=50"], "between 0 and 1"),
         (["--scene={folder}", "chair", "--out={folder}"], "would be overwritten"),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 import socket
@@ -241,26 +242,28 @@ def test_hostile_input_and_two_browsers_break_nothing(browser, address):
     second.close()
 
 
+class Client:  # records what a page does to a browser
+    def __init__(self):
+        self.gui = self.scene = self.camera = self
+
+    def __getattr__(self, name):
+        if name.startswith("add_"):
+            return lambda *args, **kwargs: Handle(args[-1] if name != "add_dropdown" else kwargs["initial_value"])
+        return lambda *args, **kwargs: lambda action: action
+
+
+class Handle:
+    def __init__(self, value):
+        self.value, self.content = value, ""
+
+    def on_update(self, action):
+        self.act = action
+
+    on_click = on_update
+
+
 def test_a_scan_is_named_by_its_place_in_the_list_and_never_by_a_path(model, scene, tmp_path):
     """What a browser says it has chosen is not believed."""
-
-    class Client:  # records what a page does to a browser
-        def __init__(self):
-            self.gui = self.scene = self.camera = self
-
-        def __getattr__(self, name):
-            if name.startswith("add_"):
-                return lambda *args, **kwargs: Handle(args[-1] if name != "add_dropdown" else kwargs["initial_value"])
-            return lambda *args, **kwargs: lambda action: action
-
-    class Handle:
-        def __init__(self, value):
-            self.value, self.content = value, ""
-
-        def on_update(self, action):
-            self.act = action
-
-        on_click = on_update
 
     known = {"room": viewer.Answers(model, scene, SYNTHETIC)}
 
@@ -269,7 +272,7 @@ def test_a_scan_is_named_by_its_place_in_the_list_and_never_by_a_path(model, sce
             raise ValueError(f"there is no scan {name!r}")
         return known[name]
 
-    page = viewer.Page(Client(), ["room"], answers_of, 100)
+    page = viewer.Page(Client(), ["room"], "room", answers_of, 100)
     page.scan.value = "../../etc/passwd"
     page.scan.act(None)
     assert "there is no scan" in page.said.content and page.answers is known["room"]
@@ -283,3 +286,50 @@ def test_a_scan_is_named_by_its_place_in_the_list_and_never_by_a_path(model, sce
     for thread in threads:
         thread.join()
     assert page.words.value == "x" * viewer.MAX_QUERY and page.acting == 0
+
+
+def test_a_scan_that_cannot_be_opened_leaves_the_one_before(model, scene):
+    known = {name: viewer.Answers(model, dataclasses.replace(scene, name=name), SYNTHETIC) for name in ("one", "two")}
+
+    def answers_of(name):
+        if name not in known:
+            raise OSError(f"{name}.ply: truncated")
+        return known[name]
+
+    page = viewer.Page(Client(), ["broken", "one", "two"], "broken", answers_of, 100)
+    page.words.value = "chair"
+    page.words.act(None)  # nothing to ask
+    assert "truncated" in page.said.content and page.scores is None
+    page.scan.value = "one"
+    page.scan.act(None)
+    asked_of_one = page.scores  # what stands in the box is asked of the new scan
+    np.testing.assert_array_equal(asked_of_one, known["one"].ask("chair"))
+    page.scan.value = "broken"
+    page.scan.act(None)
+    assert "truncated" in page.said.content and page.scan.value == "one" and page.answers is known["one"]
+
+
+def test_the_share_that_is_said_follows_the_threshold(answers):
+    page = viewer.Page(Client(), ["room"], "room", lambda name: answers, 100)
+    page.words.value = "bed"
+    page.words.act(None)
+    for value, kept in ((0.2, 0.2), (7.0, 1.0), (-3.0, 0.0)):
+        page.threshold.value = value
+        page.threshold.act(None)
+        assert page.threshold.value == kept
+        assert f"{(answers.ask('bed') > kept).mean():.1%} of the points" in page.said.content
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--host=no.such.host.invalid", "no address of this machine"),
+        ("--host=10.99.99.99", "no address of this machine"),
+        ("--port=99999", "ports are 1 to 65535"),
+        ("--points=0", "draw at least one"),
+    ],
+)
+def test_a_page_that_cannot_be_served_is_refused_at_once(model_dir, scene, tmp_path, argument, message):
+    scene.save_npz(tmp_path / "room.npz")
+    with pytest.raises(SystemExit, match=message):
+        viewer.main([f"--model={model_dir}", f"--scene={tmp_path / 'room.npz'}", argument])
