@@ -19,7 +19,7 @@ _FLOAT16_MAX = 65504
 
 
 class FeatureCodes(NamedTuple):
-    """Features [M, C] as `mean + steps * codes`."""
+    """Features [M, C] as `mean + steps * codes`; a row whose step is nan is zero."""
 
     mean: Float16[np.ndarray, " C"]
     steps: Float16[np.ndarray, " M"]
@@ -34,7 +34,7 @@ def quantize(features: Float16[np.ndarray, "M C"]) -> FeatureCodes:
     """Codes from which `dequantize` restores each number to half a step of its row, and the rounding of float16.
 
     A step is `STEP` times the root mean square of what the row departs from the mean of all rows; more where the row
-    has a number of more than 127 steps, which takes more than 1,300 channels.
+    has a number of more than 127 steps, which takes more than 1,300 channels. Rows of zeros, which say nothing, stay.
     """
     mean = (features.sum(axis=0, dtype=np.float32) / max(len(features), 1)).astype(np.float16)
     departure = features.astype(np.float32) - mean.astype(np.float32)
@@ -43,6 +43,8 @@ def quantize(features: Float16[np.ndarray, "M C"]) -> FeatureCodes:
     steps = np.maximum(STEP * size, largest / _LARGEST).astype(np.float16)
     divisor = np.where(steps > 0, steps, 1).astype(np.float32)
     codes = np.rint(departure / divisor[:, None]).clip(-_LARGEST, _LARGEST)
+    nothing = ~features.any(axis=1)
+    steps[nothing], codes[nothing] = np.nan, 0
     return FeatureCodes(mean, steps, codes.astype(np.int8))
 
 
@@ -50,6 +52,7 @@ def dequantize(coded: FeatureCodes) -> Float16[np.ndarray, "M C"]:
     """The features that were coded, nearly; see `quantize`."""
     features = coded.codes * coded.steps.astype(np.float32)[:, None]
     features += coded.mean.astype(np.float32)
+    features[np.isnan(coded.steps)] = 0
     return np.clip(features, -_FLOAT16_MAX, _FLOAT16_MAX, out=features).astype(np.float16)
 
 

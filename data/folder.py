@@ -18,7 +18,7 @@ from data.frames import Views, read_depth, read_pose
 from data.labels import IGNORE
 from data.pcd import read_pcd_columns
 from data.projection import adjust_intrinsics
-from data.scene import Scene, View, in_float32, read_ply, read_ply_columns, resize_nearest
+from data.scene import Scene, View, in_float32, read_ply, read_ply_columns, resize_nearest, same_shape
 from data.virtual_camera import point_spacing, splat
 
 log = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _read_measured(name, pose, intrinsics, image_size, image: Path, depth_path: 
     intrinsics, size = _grid(intrinsics, image_size)
     depth = read_depth(depth_path, depth_units)
     height, width = depth.shape
-    if abs(width * image_size[1] / (height * image_size[0]) - 1) > 0.02:
+    if not same_shape((width, height), image_size):
         raise ValueError(
             f"{depth_path}: {width} x {height} pixels are not the shape of {image.name}, {image_size[0]} x "
             f"{image_size[1]}; depth has to be registered to the image"

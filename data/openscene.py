@@ -97,7 +97,8 @@ def read_features(
         )
     if "mask" in content:
         seen = np.asarray(content["mask"])
-        seen = np.flatnonzero(seen) if seen.dtype == bool else np.sort(seen)
+        flags = seen.dtype in (bool, np.uint8)  # torch takes uint8 for flags, and so does OpenScene
+        seen = np.flatnonzero(seen) if flags else np.unique(seen)
         if seen.size and not 0 <= seen[0] <= seen[-1] < len(features):
             raise ValueError(f"{path}: mask names row {seen[-1]} of feat, expected rows 0..{len(features) - 1}")
         features, feature_index = features[seen], feature_index[seen]
@@ -114,7 +115,9 @@ def read_features_of_scene(
       ValueError: as `read_features`.
     """
     folder = Path(folder)
-    files = sorted(folder.glob(f"{glob.escape(name)}_[0-9].pt")) or sorted(folder.glob(f"{glob.escape(name)}.pt"))
+    stem = glob.escape(name)
+    files = [file for digits in ("[0-9]", "[0-9][0-9]") for file in sorted(folder.glob(f"{stem}_{digits}.pt"))]
+    files = files or sorted(folder.glob(f"{stem}.pt"))
     if not files:
         raise FileNotFoundError(f"{folder}/{name}_0.pt: missing, and so is {name}.pt")
     chunks = [read_features(file, num_points) for file in files]

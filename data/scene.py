@@ -192,14 +192,14 @@ class View:
 
         Raises:
           ValueError: the view has no image, its file is damaged, or the image is not of the shape of the grid
-            (up to 2 percent, as cameras crop): it is another camera's, or the size of the camera is wrong.
+            (`same_shape`): it is another camera's, or the size of the camera is wrong.
           FileNotFoundError: its file is gone.
         """
         if self.image is None:
             raise ValueError(f"view '{self.name}' has no image; read the scene with its colour frames")
         image = self.image if isinstance(self.image, np.ndarray) else self._read_image()
         (width, height), (image_height, image_width) = self.size, image.shape[:2]
-        if abs(image_width * height / (image_height * width) - 1) > 0.02:
+        if not same_shape((image_width, image_height), self.size):
             file = f" ({self.image})" if isinstance(self.image, Path) else ""
             raise ValueError(
                 f"view '{self.name}': its image{file} has {image_width} x {image_height} pixels, the shape of the "
@@ -215,6 +215,11 @@ class View:
             raise
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{self.image}: truncated or not an image ({error}); export the frame again") from error
+
+
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have the same sides to each other, up to 2 percent, as cameras crop."""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
 
 
 def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

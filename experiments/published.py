@@ -9,7 +9,7 @@ import ast
 import importlib.metadata
 import json
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -46,6 +46,14 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def call(main: Callable[[], None]) -> None:
+    """Runs a script; what is wrong with its input is said in a sentence."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
 def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[ml_collections.ConfigDict, Path, str]:
     """The config of a table, the work directory of its runs, and how its report calls what it was run on.
 
@@ -63,7 +71,10 @@ def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[
         scannet_sample.collect(given.samples, root, scannet.LABEL_TABLES[label_set])
         config.update_from_flattened_dict({"data.root": str(root.resolve()), "data.label_set": label_set})
         config.text.encoder = "stand-in"
-    config.update_from_flattened_dict(_parsed(given.fields))
+    try:
+        config.lock().update_from_flattened_dict(_parsed(given.fields))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{' '.join(given.fields)}: {run.field_error(error)}") from error
     config.data.prepared = config.data.prepared or str((workdir / "data").resolve())
     title = {"scannet": "seven ScanNet scans"}.get(name, "synthetic rooms") if given.config is None else name
     return config, workdir, title
@@ -72,6 +83,8 @@ def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[
 def load_config(name_or_file: str | Path) -> ml_collections.ConfigDict:
     """The config of that name in configs/, or in that file."""
     file = name_or_file if isinstance(name_or_file, Path) else ROOT.parent / "configs" / f"{name_or_file}.py"
+    if not file.is_file():
+        raise FileNotFoundError(f"--config={file}: no such configuration; configs/ of the clone holds them")
     return runpy.run_path(str(file))["get_config"]()
 
 
@@ -80,7 +93,7 @@ def _parsed(fields: Sequence[str]) -> dict:
     for field in fields:
         name, equals, value = field.partition("=")
         if not equals:
-            raise SystemExit(f"{field!r}: expected field=value, as data.root=/data/scannet")
+            raise ValueError(f"{field!r}: expected field=value, as data.root=/data/scannet")
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -10,7 +10,6 @@ Voxels are 10 cm and the network is narrow, so that it ends within the hour; the
 
 import argparse
 import json
-import os
 import runpy
 from pathlib import Path
 
@@ -44,10 +43,13 @@ OVERRIDES = {
 
 def collect(samples: Path, root: Path, class_of_nyu40: np.ndarray = NYU40_TO_SCANNET20) -> None:
     """Lays the samples out as `configs/scannet.py` expects its data, labelled by a table of `data.scannet`."""
+    scan = samples / "scene0000_00"
+    if not scan.is_dir():
+        raise FileNotFoundError(f"{scan}: no such folder; --samples holds this scan and labelled_50k/")
     (root / "scans").mkdir(parents=True, exist_ok=True)
-    link = root / "scans" / "scene0000_00"
-    if not link.exists():
-        os.symlink((samples / "scene0000_00").resolve(), link)
+    link = root / "scans" / scan.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(scan.resolve())
     names = [link.name]
     for path in sorted((samples / "labelled_50k").glob("*.npz")):
         cloud = np.load(path)

@@ -4,7 +4,8 @@
   python -m experiments.table1 --samples=DIR         # minutes, on seven ScanNet scans
   python -m experiments.table1 --config=configs/scannet.py data.root=/data/scannet text.encoder=/data/clip \\
       teacher.name=lseg teacher.weights=/data/demo_e200.ckpt
-  python -m experiments.table1 --config=configs/nuscenes.py data.root=/data/nuscenes text.encoder=/data/clip
+  python -m experiments.table1 --config=configs/nuscenes.py data.root=/data/nuscenes text.encoder=/data/clip \\
+      teacher.weights=/data/openseg
 
 Two runs: GGSD (its teacher, both stages and the ensemble are rows) and the same network trained with labels. OpenScene
 trains that on nuScenes with batch_size=24 and data.loop=2.
@@ -33,7 +34,7 @@ ROWS = {
 
 
 def main() -> None:
-    given = published.options(__doc__, "table1").parse_args()
+    given = published.options(__doc__, "table1").parse_intermixed_args()
     config, workdir, title = published.configure(given)
     config, ggsd = published.train(config, workdir, "ggsd")
     _, labelled = published.train(config, workdir, "supervised", mode="supervised")
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    published.call(main)

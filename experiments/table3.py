@@ -10,12 +10,10 @@ these the meshes, the cameras and the category table are needed. As in OpenScene
 the others five times, and at K = 40, 80 and 160 one class is called "other" (ggsd_jax/protocol.py).
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from experiments import published
-from ggsd_jax import evaluate
+from ggsd_jax import datasets, evaluate
 
 SIZES = (21, 40, 80, 160)
 QUOTED = {  # mIoU and mAcc for each K
@@ -48,14 +46,18 @@ def main() -> None:
     parser = published.options(__doc__, "table3")
     parser.add_argument("--matterport", help="folder of the buildings; without it the rooms of configs/synthetic.py")
     parser.add_argument("--lists", default="", help="folder of scenes_test.txt and category_mapping.tsv")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.config is None and given.samples is None:
         parser.error("what to train on: --samples=DIR or --config=configs/scannet.py")
+    if given.config and given.matterport is None:
+        parser.error("--matterport is missing: the folder of the buildings to test on")
     config, workdir, title = published.configure(given)
+    tests = targets(given, config)
+    for target in tests.values():  # what is missing shows before a day of training
+        evaluate.check(target)
+        datasets.RawScenes(target, "val")
     config, trained = published.train(config, workdir, "ggsd")
-    results = {
-        name: evaluate.evaluate(target, Path(workdir) / "ggsd", None) for name, target in targets(given, config).items()
-    }
+    results = {name: evaluate.evaluate(target, workdir / "ggsd", None) for name, target in tests.items()}
     measured = {
         label: [value for result in results.values() for value in published.percent(result["rows"][row])]
         for row, label in (("stage1", "Geometry guided distillation"), ("stage2", "GGSD"))
@@ -79,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    published.call(main)

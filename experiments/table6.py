@@ -51,16 +51,16 @@ def simulate_masks(config: ml_collections.ConfigDict, folder: Path) -> None:
 def main() -> None:
     parser = published.options(__doc__, "table6")
     parser.add_argument("--masks", type=Path, help="folder of SAM's masks of all views")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if (given.config or given.samples) and not given.masks:
         parser.error("--masks is missing: the second row needs SAM's masks")
     config, workdir, title = published.configure(given)
     masks = given.masks or workdir / "simulated_masks"
     if not given.masks:
         simulate_masks(config, masks)
-    _, point = published.train(config, workdir, "pixel_point", **ALONE)
     refined = {"teacher__masks": str(masks.resolve()), "data__prepared": str((workdir / "data_sam").resolve())}
-    _, sam = published.train(config, workdir, "sam_refine", **ALONE, **refined)
+    _, sam = published.train(config, workdir, "sam_refine", **ALONE, **refined)  # first: masks may be missing
+    _, point = published.train(config, workdir, "pixel_point", **ALONE)
     config, guided = published.train(config, workdir, "geometry_guided", loss__self_weight=0.0)
     runs = {"Pixel-point distillation": point, "SAM refine": sam, "Geometry guided distillation": guided}
     kind = "SAM's" if given.masks else "simulated from the labels"
@@ -78,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    published.call(main)

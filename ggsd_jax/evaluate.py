@@ -16,6 +16,7 @@ from data.scene import Scene, check_labels
 from ggsd_jax import checkpoint, datasets, hosts, inference, input_pipeline, metrics, prepare, render
 from ggsd_jax.protocol import Words, class_vectors
 from ggsd_jax.protocol import words as protocol_words
+from ggsd_jax.vision_language import text
 
 ROWS = {
     "fusion_2d": "2D fusion (the teacher)",
@@ -25,7 +26,13 @@ ROWS = {
 }
 SUPERVISED = {"supervised": "trained with labels"}  # the one row of a run with mode=supervised
 FEATURE_TYPES = {"fusion_2d": "fusion", "ensemble": "ensemble"}  # OpenScene's names; all other rows are "distill"
+_WITHOUT_2D = "unknown: left out of the IoU of fusion_2d, kept in its accuracy"
 PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tensorflow-datasets"]
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises what `evaluate` would raise after the training for its words: ValueError, FileNotFoundError."""
+    class_vectors(config, protocol_words(config).words)
 
 
 def half_scores(features: Float[np.ndarray, "N C"], class_text: Float[np.ndarray, "L C"]) -> Float16[np.ndarray, "N L"]:
@@ -71,6 +78,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path | 
     names = [row for row in ROWS | SUPERVISED if row in networks or (with_2d and row in FEATURE_TYPES)]
     counts = {row: np.zeros((len(classes) + 1, len(classes)), np.int64) for row in names}
     points = left_out = 0
+    supervised = config.mode == "supervised"
     mine = hosts.share(len(scenes))
     for index in tqdm(mine, unit="scene", desc="evaluate", dynamic_ncols=True, disable=not hosts.is_first()):
         try:
@@ -102,18 +110,18 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path | 
             "points": points,
             "points_of_class": dict(zip(classes, counts[names[0]].sum(axis=0).tolist(), strict=True)),
             "label_set": config.data.label_set,
-            "teacher": prepare.teacher_name(config),
-            "text_encoder": "none" if config.mode == "supervised" else config.text.encoder,
-            "prompt": config.text.prompt,
+            "teacher": "none" if supervised else prepare.teacher_name(config),
+            "text_encoder": "none" if supervised else config.text.encoder,
+            "prompt": "none" if supervised else text.prompt_of(config.text.encoder, config.text.prompt),
             "words": words.source,
             "feature_types": {row: FEATURE_TYPES.get(row, "distill") for row in names if row != "supervised"},
             "repeats": config.eval.repeats,
             "augmentation": "random rotation and scale per repeat, summed half-precision scores (OpenScene)",
             "ignored_points": "ground truth 255 left out",
-            "points_without_2d_feature": "unknown: left out of the IoU of fusion_2d, kept in its accuracy",
             "absent_classes": "count as 0 in the means",
             "openscene_quirks": _quirks(config, words, with_2d),
-        },
+        }
+        | ({"points_without_2d_feature": _WITHOUT_2D} if with_2d else {}),
         "rows": rows,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"device": jax.devices()[0].device_kind},

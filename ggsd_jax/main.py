@@ -56,11 +56,8 @@ def parse(argv: list[str]) -> list[str]:
         raise SystemExit(f"FileNotFoundError: {path}: no such configuration; {fix}")
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # ml_collections; at the bottom is a text that knows the nearest field
-        text = error
-        while isinstance(text, Exception):
-            text = text.args[0]
-        raise SystemExit("ValueError: the configuration has no field " + text.replace("\n", ". ")) from error
+    except (AttributeError, KeyError) as error:
+        raise SystemExit(f"ValueError: {run.field_error(error)}") from error
 
 
 def main(argv: list[str]) -> None:

@@ -21,10 +21,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, 
     With `profile` the training leaves a trace of some steps (`profiling.StepTrace`).
 
     Raises:
-        ValueError: `workdir` belongs to another configuration.
+        ValueError: `workdir` belongs to another configuration, or `eval.words` are not known or have no embedding.
     """
-    _claim(workdir, config)
     inference.keep_compiled_programs()
+    if mode != "prepare":
+        evaluate.check(config)
+    _claim(workdir, config)
     results_file = workdir / "results.json"
     complete, *_ = hosts.gather(results_file.exists())
     if mode == "all" and complete:
@@ -66,7 +68,8 @@ def write_json(path: Path, value: object) -> None:
 def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes `config.json`, or makes sure that the one there says the same once training has begun under it.
 
-    Until then a mistyped field can be mended; prepared data watches over its own settings.
+    Until then a mistyped field can be mended; prepared data watches over its own settings. How the network is evaluated
+    may change at any time, the most voxels of a scene too once it is trained; results of other settings are removed.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
@@ -74,12 +77,19 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
     hosts.wait()
-    theirs = json.loads(path.read_text())
-    for field, values in differences(theirs, mine).items():
-        raise ValueError(
-            f"{path}: {field} is {values[0]!r} there and {values[1]!r} here. A work directory belongs to one "
-            "configuration: give another --workdir, or the old value"
-        )
+    changed = differences(json.loads(path.read_text()), mine)
+    trained = (workdir / "model").exists()
+    for field, values in changed.items():
+        if not (field.startswith("eval.") or (trained and field == "data.max_voxels")):
+            raise ValueError(
+                f"{path}: {field} is {values[0]!r} there and {values[1]!r} here. A work directory belongs to one "
+                "configuration: give another --workdir, or the old value"
+            )
+    hosts.wait()  # until all have read it
+    if changed and hosts.is_first():
+        (workdir / "results.json").unlink(missing_ok=True)
+        write_json(path, mine)
+    hosts.wait()
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
@@ -92,6 +102,18 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
         elif a != b:
             found[prefix + key] = (a, b)
     return found
+
+
+def field_error(error: Exception) -> str:
+    """What to say where a configuration does not take a field or its value.
+
+    At the bottom of what ml_collections raises is a text that knows the nearest field.
+    """
+    text = error
+    while isinstance(text, Exception) and text.args:
+        text = text.args[0]
+    text = str(text).replace("\n", ". ")
+    return text if isinstance(error, TypeError) else f"the configuration has no field {text}"
 
 
 class _timed:

@@ -220,6 +220,8 @@ def test_weights_that_are_not_finite_are_named(clip_snapshot):
         ('{"text_config": {"hidden_act": "relu"}}', "hidden_act is 'relu'"),
         ('{"text_config": {"num_attention_heads": 7}}', "expected heads to divide the width"),
         ("[]", "not the config of a CLIP model"),
+        ('{"vision_config": {"patch_size": 0}}', "patch is 0, expected a positive"),
+        ('{"vision_config": {"image_size": "224"}}', "image_size is '224', expected a positive"),
     ],
 )
 def test_a_bad_config_is_named(clip_snapshot, text, message):

@@ -103,10 +103,11 @@ FEATURES = np.ones((2, 5), np.float16)
 MASK = np.array([False, True, False, True])
 
 
-def test_legacy_features_with_a_trailing_axis_and_a_boolean_mask_are_read(tmp_path):
+@pytest.mark.parametrize("dtype", [bool, np.uint8])  # torch takes both for flags
+def test_legacy_features_with_a_trailing_axis_and_a_mask_of_flags_are_read(tmp_path, dtype):
     content = {
         "feat": FEATURES[..., None] * np.float16(3),
-        "mask": np.array([False, True]),
+        "mask": np.array([False, True], dtype),
         "mask_full": MASK,
     }
     features, index = openscene.read_features(save(tmp_path / "a.pt", content), num_points=4)
@@ -135,7 +136,7 @@ def test_the_chunks_of_a_scene_are_put_together(tmp_path):
     with pytest.raises(FileNotFoundError, match="a_0.pt: missing, and so is a.pt"):
         openscene.read_features_of_scene(tmp_path, "a", 4)
     rows = np.arange(20).reshape(4, 5).astype(np.float16)
-    for chunk, points in enumerate([[1, 3], [0, 3]]):
+    for chunk, points in {0: [1, 3], 12: [0, 3]}.items():
         mask = np.isin(np.arange(4), points)
         save(tmp_path / f"a_{chunk}.pt", {"feat": rows[mask], "mask_full": mask})
     save(tmp_path / "ab_0.pt", {"feat": FEATURES, "mask_full": MASK})

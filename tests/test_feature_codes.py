@@ -77,6 +77,13 @@ def test_equal_rows_and_rows_of_zeros_come_back_as_they_are():
     np.testing.assert_array_equal(dequantize(quantize(0 * features)), 0 * features)
 
 
+def test_rows_of_zeros_among_others_stay_zero():
+    features = np.random.default_rng(0).normal(0.1, 1, (300, 64)).astype(np.float16)
+    features[::7] = 0
+    decoded = dequantize(quantize(features))
+    np.testing.assert_array_equal(decoded.any(axis=1), features.any(axis=1))
+
+
 def test_some_rows_decode_to_what_they_do_among_all():
     features = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float16)
     chosen = np.arange(50) % 3 == 0

@@ -1,6 +1,10 @@
+import json
+
 import ml_collections
 import pytest
 
+from experiments.published import load_config
+from ggsd_jax import run
 from ggsd_jax.run import _claim, differences, write_json
 
 
@@ -24,3 +28,37 @@ def test_a_field_can_be_mended_until_training_has_begun(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="root is '/data' there and '/nope' here"):
         _claim(tmp_path, ml_collections.ConfigDict({"root": "/nope"}))
+
+
+def test_how_a_run_is_evaluated_can_change_and_its_old_results_go(tmp_path):
+    def config(**fields):
+        return ml_collections.ConfigDict({"eval": {"repeats": 5}, "data": {"max_voxels": 10}} | fields)
+
+    (tmp_path / "checkpoints").mkdir()
+    write_json(tmp_path / "config.json", config().to_dict())
+    (tmp_path / "results.json").touch()
+    _claim(tmp_path, config())
+    assert (tmp_path / "results.json").exists()
+    _claim(tmp_path, config(eval={"repeats": 1}))
+    assert not (tmp_path / "results.json").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["eval"] == {"repeats": 1}
+    larger = config(eval={"repeats": 1}, data={"max_voxels": 20})
+    with pytest.raises(ValueError, match="data.max_voxels is 10 there and 20 here"):
+        _claim(tmp_path, larger)
+    (tmp_path / "model").mkdir()
+    _claim(tmp_path, larger)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.words": "nuscene43"}, "leave eval.words empty"),
+        ({"text.encoder": "/nowhere.npz"}, "nowhere.npz: no such"),
+    ],
+)
+def test_words_that_cannot_be_evaluated_are_refused_before_anything_is_done(tmp_path, changes, message):
+    config = load_config("synthetic")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.run(config, tmp_path / "work")
+    assert not (tmp_path / "work").exists()

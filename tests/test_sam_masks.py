@@ -33,10 +33,13 @@ def test_masks_are_read_on_the_grid_of_the_view(tmp_path):
     (folder / "metadata.csv").write_text("id\n")
     assert sam_masks.read(tmp_path, view).shape == (0, 4, 6)
     mask = np.zeros((8, 12), np.uint8)
-    mask[2:4, 6:] = 255
+    mask[2:4, 6:] = 1  # or any other value but 0
     Image.fromarray(mask).save(folder / "0.png")
     (read,) = sam_masks.read(tmp_path, view)
     assert np.argwhere(read).tolist() == [[1, 3], [1, 4], [1, 5]]
+    Image.fromarray(mask[:6]).save(folder / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: 12 x 6 pixels, the shape of the view is 6 x 4"):
+        sam_masks.read(tmp_path, view)
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"0\.png: truncated or not a PNG image"):
         sam_masks.read(tmp_path, view)

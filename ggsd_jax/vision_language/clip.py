@@ -272,18 +272,19 @@ def _read_config(path: Path) -> Config:
         content = json.loads(path.read_text(encoding="utf-8"))
         text = _TEXT_DEFAULTS | (content.get("text_config") or {})
         vision = _VISION_DEFAULTS | (content.get("vision_config") or {})
-        config = Config(
-            width=content.get("projection_dim", 512),
-            text=_tower(text),
-            vision=_tower(vision),
-            vocabulary=text["vocab_size"],
-            context=text["max_position_embeddings"],
-            image_size=vision["image_size"],
-            patch=vision["patch_size"],
-        )
+        numbers = {
+            "width": content.get("projection_dim", 512),
+            "vocabulary": text["vocab_size"],
+            "context": text["max_position_embeddings"],
+            "image_size": vision["image_size"],
+            "patch": vision["patch_size"],
+        }
+        for name, number in numbers.items():
+            if not (isinstance(number, int) and number > 0):
+                raise ValueError(f"{name} is {number!r}, expected a positive whole number")
+        return Config(text=_tower(text), vision=_tower(vision), **numbers)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not the config of a CLIP model: {error}") from error
-    return config
 
 
 def _tower(config: dict) -> Tower:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 from PIL import Image
 
-from data.scene import View, resize_nearest
+from data.scene import View, resize_nearest, same_shape
 
 
 def refine(features: Float32[np.ndarray, "h w C"], masks: Bool[np.ndarray, "K h w"]) -> Float32[np.ndarray, "h w C"]:
@@ -33,7 +33,7 @@ def read(folder: Path, view: View) -> Bool[np.ndarray, "K h w"]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a mask is damaged.
+        ValueError: a mask is damaged, or of another shape than the view.
     """
     place = folder / view.name
     if not place.is_dir():
@@ -46,6 +46,10 @@ def read(folder: Path, view: View) -> Bool[np.ndarray, "K h w"]:
 def _read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     try:
         with Image.open(path) as file:
-            return resize_nearest(np.asarray(file.convert("L")), size) > 127
+            mask = np.asarray(file.convert("L")) > 0
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: truncated or not a PNG image ({error}); make the masks again") from error
+    height, width = mask.shape
+    if not same_shape((width, height), size):
+        raise ValueError(f"{path}: {width} x {height} pixels, the shape of the view is {size[0]} x {size[1]}")
+    return resize_nearest(mask, size)

@@ -115,6 +115,17 @@ def space(encoder: str | Path) -> str:
         return str(archive["model"])
 
 
+def prompt_of(encoder: str | Path, prompt: str) -> str:
+    """The prompt that an encoder's rows were made with, where `prompt` is asked for; only CLIP itself follows."""
+    kind, folder_or_file = _kind(encoder)
+    if kind == "clip":
+        return prompt
+    if kind == "stand-in":
+        return "none: the stand-in knows words, not sentences"
+    with np.load(folder_or_file, allow_pickle=False) as archive:
+        return str(archive["prompt"]) if "prompt" in archive.files else "not stated by the file of embeddings"
+
+
 def width(encoder: str | Path) -> int:
     """The length of an encoder's rows; raises what `embed` raises."""
     kind, folder_or_file = _kind(encoder)
