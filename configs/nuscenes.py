@@ -19,7 +19,8 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 --config.data.root=/data/nuscenes_3d --config.data.features=/data/nuscenes_multiview_openseg`.
 
 Points are compared with 43 detailed names, each of which means one of the 16 classes (`eval.words`). OpenScene's
-supervised network, the upper row of Table 1, is `--config.mode=supervised --config.batch_size=24 --config.data.loop=2`.
+supervised network, the upper row of Table 1, is `--config.mode=supervised --config.teacher.name=none
+--config.batch_size=24 --config.data.loop=2`.
 
 The 2D teacher is OpenSeg, as in the paper: `teacher.weights` is the folder of the SavedModel that its authors
 exported, gs://cloud-tpu-checkpoints/detection/projects/openseg/colab/exported_model (OpenScene: openseg_exported_clip),

@@ -9,7 +9,8 @@ Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene ei
 Of each scene download the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply` and `.sens` (1.2 TB for all of them; every
 20th frame is used, and frames exported to color/ depth/ pose/ take the place of a stream). Scenes that are not there
 are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU classes instead of the 20, `nyu37` all but
-the three "other..." ones. `--config.mode=supervised` trains the same network with labels (the paper quotes 69.0 mIoU).
+the three "other..." ones. `--config.mode=supervised --config.teacher.name=none` trains the same network with labels
+alone (the paper quotes 69.0 mIoU).
 
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
 --config.data.root=/data/scannet_3d --config.data.features=/data/scannet_multiview_lseg`.

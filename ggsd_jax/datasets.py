@@ -281,10 +281,12 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
 
     OpenScene's scripts/download_dataset.sh and download_fused_features.sh fetch them: data.root is e.g. its scannet_3d,
     data.features its scannet_multiview_lseg, whose name tells the text that goes with it. As in OpenScene, a scene
-    without a feature file is left out.
+    without a feature file is left out. With teacher.name=none no features are read.
     """
     root, features = Path(config.data.root), Path(config.data.features)
-    if not config.data.features or not features.is_dir():
+    if config.teacher.name == "none":
+        features = None
+    elif not config.data.features or not features.is_dir():
         raise FileNotFoundError(
             f"data.features is {config.data.features!r}: expected the folder with OpenScene's fused features, "
             "e.g. scannet_multiview_lseg"
@@ -298,8 +300,10 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     return {"train": scenes("train"), "val": scenes("val" if (root / "val").is_dir() else "test")}
 
 
-def _read_preprocessed(path: Path, folder: Path) -> RawScene:
+def _read_preprocessed(path: Path, folder: Path | None) -> RawScene:
     scene = openscene.read_scene(path)
+    if folder is None:
+        return RawScene(scene, views=(), border=0)
     try:
         features, feature_index = openscene.read_features_of_scene(folder, scene.name, len(scene.points))
     except FileNotFoundError as error:

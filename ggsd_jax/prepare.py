@@ -65,7 +65,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     if folder is not None:
         _check_settings(folder, settings)
         space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
-        if space != teachers.SIMULATED:
+        if space not in (teachers.SIMULATED, teachers.NONE):
             text.check_space(space, config.text.encoder)
         return
     if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
@@ -203,7 +203,7 @@ def _content_settings(config: ml_collections.ConfigDict) -> dict:
     """What the content of a dataset depends on, as JSON gives it back."""
     settings = json.loads(config.to_json_best_effort())
     data = {field: value for field, value in settings["data"].items() if field not in _NOT_CONTENT}
-    made_here = {} if config.data.name == _READY_MADE else teachers.settings(config)
+    made_here = {} if _comes_with_features(config) else teachers.settings(config)
     return {"data": data, "superpoints": settings["superpoints"]} | made_here
 
 
@@ -230,6 +230,10 @@ def _dataset_folder(data_dir: Path) -> Path | None:
     return finished[0] if finished else None
 
 
+def _comes_with_features(config: ml_collections.ConfigDict) -> bool:
+    return config.data.name == _READY_MADE and config.teacher.name != teachers.NONE
+
+
 def _named(table: dict, field: str, name: str):
     if name not in table:
         nearest = difflib.get_close_matches(name, table, n=1, cutoff=0)[0]
@@ -241,11 +245,11 @@ def _named(table: dict, field: str, name: str):
 
 
 def make_teacher(config: ml_collections.ConfigDict) -> teachers.Teacher:
-    """The 2D network that `teacher.name` names, or what stands for the one that made ready-made features.
+    """The 2D network that `teacher.name` names, or what stands for none or for the one that made ready-made features.
 
     Raises what `teachers.make` and `teachers.ready_made` raise, and ValueError for other names.
     """
-    if config.data.name == _READY_MADE:
+    if _comes_with_features(config):
         return teachers.ready_made(config.data.features, config.text.encoder)
     _named(teachers.TEACHERS, "teacher.name", config.teacher.name)
     return teachers.make(config, label_set(config).classes)
@@ -253,7 +257,7 @@ def make_teacher(config: ml_collections.ConfigDict) -> teachers.Teacher:
 
 def teacher_name(config: ml_collections.ConfigDict) -> str:
     """What made the 2D features, as results name it: a network, or the maker of ready-made features."""
-    if config.data.name == _READY_MADE:
+    if _comes_with_features(config):
         return f"ready-made features: {Path(config.data.features).name}"
     return config.teacher.name
 
@@ -266,6 +270,9 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
     """
     if raw.scene.features is not None:
         return raw.scene
+    if isinstance(teacher, teachers.ReadyMade):
+        nothing = {"features": np.zeros((0, teacher.width), np.float16), "feature_index": np.zeros(0, np.int32)}
+        return dataclasses.replace(raw.scene, **nothing)
     points = raw.scene.points[: raw.num_supervised]
     try:
         looks = teachers.look(teacher, raw.scene, raw.views, masks)
@@ -332,7 +339,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
             elif split == "val":
                 report.add(record)
                 yield next(key), record
-            elif len(record["feature_index"]):
+            elif len(record["feature_index"]) or config.teacher.name == teachers.NONE:
                 report.add(record)
                 for chunk in range(config.data.chunks):
                     yield next(key), chunk_of_features(record, chunk, config.data.chunk_points)

@@ -180,6 +180,17 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     assert prepare.teacher_name(config) == "ready-made features: scannet_multiview_lseg"
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert list(left_out) == ["scene0000_01_vh_clean_2"] and "missing" in left_out["scene0000_01_vh_clean_2"]
+    config.teacher.name = "none"
+    with pytest.raises(ValueError, match="teacher.name='none' is for mode=supervised"):
+        prepare.prepare(config, tmp_path / "labels_alone")
+    with config.unlocked():
+        labelled = config.copy_and_resolve_references()
+    labelled.mode, labelled.data.features = "supervised", ""
+    for _ in range(2):  # made, and found again
+        prepare.prepare(labelled, tmp_path / "labels_alone")
+    scenes = prepare.load_split(tmp_path / "labels_alone", "train")
+    assert len(scenes) == 2 and not any(len(scene.features) for scene in scenes)
+    config.teacher.name = "lseg"
     config.text.encoder = text_file("ViT-B/32", 48)
     with pytest.raises(ValueError, match="features have 64 channels, the words of text.encoder 48: LSeg's 512 go"):
         prepare.prepare(config, tmp_path / "other")

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "ggsd_jax": {"kernels", "data", "ggsd_jax"},
     "configs": set(),
     "experiments": {"kernels", "data", "ggsd_jax", "experiments"},
-    "tests": {"kernels", "data", "ggsd_jax"},
+    "tests": {"kernels", "data", "ggsd_jax", "experiments"},
 }
 
 

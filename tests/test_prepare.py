@@ -28,6 +28,7 @@ def make_config(**overrides) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(
         dict(
             seed=0,
+            mode="ggsd",
             data=dict(
                 name="synthetic",
                 root="",

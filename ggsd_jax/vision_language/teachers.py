@@ -13,8 +13,7 @@ from ggsd_jax.vision_language import lseg, maskclip, openseg, sam_masks, text
 from ggsd_jax.vision_language.dense import DenseTeacher
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
-SIMULATED = "simulated"
-TEACHERS = {SIMULATED: SimulatedTeacher, "maskclip": maskclip.load, "lseg": lseg.load, "openseg": openseg.load}
+SIMULATED, NONE = "simulated", "none"
 _FIELDS = ("name", "weights", "masks")  # the others of `teacher` are rates of the simulated one's errors
 _WEIGHTS = {
     "maskclip": "the folder of a CLIP snapshot",
@@ -25,28 +24,40 @@ _READY_MADE = {"lseg": "ViT-B/32", "openseg": "ViT-L/14@336px"}  # whose text Op
 
 
 class ReadyMade(NamedTuple):
-    """In place of a network where a data set comes with its features: the space they live in, and their width."""
+    """In place of a network where scenes come with features, or need none: the space they live in, and their width."""
 
     space: str
     width: int
 
 
+TEACHERS = {
+    "maskclip": maskclip.load,
+    "lseg": lseg.load,
+    "openseg": openseg.load,
+    SIMULATED: SimulatedTeacher,
+    NONE: ReadyMade,
+}
 Teacher = SimulatedTeacher | DenseTeacher | ReadyMade
 
 
 def make(config: ml_collections.ConfigDict, classes: Sequence[str]) -> Teacher:
-    """The 2D network that `teacher.name` names, from `teacher.weights`; the simulated one needs none.
+    """The 2D network that `teacher.name` names, from `teacher.weights`; the simulated one has no weights.
 
     Raises:
         ValueError, FileNotFoundError: missing or damaged weights; a text encoder of another space than the
-            network's.
+            network's; no network where one is learned from.
     """
     name, weights = config.teacher.name, config.teacher.get("weights", "")
+    if name == NONE:
+        if config.mode != "supervised":
+            raise ValueError(f"teacher.name={name!r} is for mode=supervised: GGSD learns from a 2D network")
+        return ReadyMade(NONE, width=1)
     if name == SIMULATED:
         rates = {field: value for field, value in config.teacher.items() if field not in _FIELDS}
         return SimulatedTeacher(text.embed(classes, config.text.encoder, config.text.prompt), **rates)
     if not weights:
-        raise ValueError(f"teacher.weights is empty: teacher.name={name!r} needs {_WEIGHTS[name]}")
+        without = "; training with labels alone needs teacher.name=none" if config.mode == "supervised" else ""
+        raise ValueError(f"teacher.weights is empty: teacher.name={name!r} needs {_WEIGHTS[name]}{without}")
     try:
         teacher = TEACHERS[name](weights)
     except (ValueError, FileNotFoundError) as error:
