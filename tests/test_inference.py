@@ -1,6 +1,10 @@
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +12,8 @@ import pytest
 
 from ggsd_jax import inference
 from kernels.sparse_conv import api
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,24 @@ def test_every_path_of_the_convolutions_gives_the_same_labels(model, corridor, w
     np.testing.assert_allclose(portable, whole, atol=1e-4 * np.abs(whole).max())
     texts = model.embed(model.info["classes"])
     assert ((portable @ texts.T).argmax(axis=1) == (whole @ texts.T).argmax(axis=1)).mean() > 0.999
+
+
+_ON_A_CPU = """
+import sys, numpy as np
+from ggsd_jax import inference
+model, points, out = sys.argv[1:]
+np.save(out, inference.load(model).segment(np.load(points))[0])
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+def test_a_gpu_gives_the_labels_of_a_cpu(model, model_dir, corridor, tmp_path):
+    np.save(tmp_path / "points.npy", corridor)
+    arguments = [sys.executable, "-c", _ON_A_CPU, model_dir, tmp_path / "points.npy", tmp_path / "labels.npy"]
+    subprocess.run(arguments, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, check=True)
+    labels, _ = model.segment(corridor)
+    assert (np.load(tmp_path / "labels.npy") == labels).mean() > 0.999
 
 
 def test_no_batch_is_larger_than_the_memory_bound(model, monkeypatch):
