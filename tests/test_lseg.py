@@ -2,6 +2,7 @@
 
 import argparse
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -161,6 +162,16 @@ def test_features_are_those_of_the_reference_shown_as_openscene_does(tmp_path, h
         theirs = (both[0] + both[1].flip(3))[0, :, :height, :width].permute(1, 2, 0).numpy()
     assert ours.shape == (height, width, CHANNELS) and ours.dtype == np.float32
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(checkpoint, monkeypatch):
+    image = random_image(24, 32)
+    full = features(lseg.load(checkpoint), image)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    half = features(lseg.load(checkpoint), image)
+    assert half.dtype == np.float32 and 1e-4 < np.abs(half - full).max()
+    lengths = np.linalg.norm(half, axis=-1) * np.linalg.norm(full, axis=-1)
+    assert ((half * full).sum(axis=-1) / lengths).min() > 0.99
 
 
 def test_a_mirrored_image_has_mirrored_features(checkpoint):

@@ -1,5 +1,6 @@
 """MaskCLIP: against transformers' CLIP with the last block opened up, and how images are shown to it."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,6 +38,14 @@ def test_features_of_a_view_are_those_of_the_reference(clip_snapshot):
         theirs = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), (16, 24), mode="bilinear")[0].permute(1, 2, 0)
     assert ours.shape == (16, 24, 16) and ours.dtype == np.float32
     assert np.abs(ours - theirs.numpy()).max() < 1e-5 * np.abs(theirs.numpy()).max()
+
+
+def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(clip_snapshot, monkeypatch):
+    folder, image = clip_snapshot(), np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    (full,) = features(maskclip.load(folder, short_side=32), view_of(image, (24, 16)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (half,) = features(maskclip.load(folder, short_side=32), view_of(image, (24, 16)))
+    assert half.dtype == np.float32 and 1e-4 < np.abs(half - full).max() < 0.05
 
 
 def test_images_keep_their_aspect_in_multiples_of_the_patch():
