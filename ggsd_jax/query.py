@@ -187,7 +187,9 @@ def heat_map(
     """Points over the threshold in the colours of heat, up to the highest score; the others keep the background."""
     found = scores > threshold
     top = max(float(scores.max()) - threshold, 1e-6)
-    return np.where(found[:, None], render.heat((scores - threshold) / top), background)
+    painted = background.copy()
+    painted[found] = render.heat((scores[found] - threshold) / top)
+    return painted
 
 
 def _store(

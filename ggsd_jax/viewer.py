@@ -55,6 +55,7 @@ class Answers:
         self._similarity = self._features @ self._classes.T
         self._anything = self._features @ model.contrast().T
         self.predicted = self._similarity.argmax(axis=1)[self._voxel]
+        self._grey = query.greyed(scene)
 
     @property
     def modes(self) -> list[str]:
@@ -102,12 +103,11 @@ class Answers:
         """
         scene, palette = self.scene, self.labels.palette
         if mode == HEAT:
-            grey = query.greyed(scene)
             if scores is None:
-                return grey, {}
+                return self._grey, {}
             ends = render.heat(np.array([0.0, 1.0]))
             legend = {f"score {threshold:.2f}": ends[0], f"score {max(float(scores.max()), threshold):.2f}": ends[1]}
-            return query.heat_map(scores, threshold, grey), legend
+            return query.heat_map(scores, threshold, self._grey), legend
         if mode == COLOUR:
             return scene.colors, {}
         if mode == SUPERPOINTS:
