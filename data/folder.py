@@ -246,7 +246,7 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
         raise ValueError(f"{folder}/poses: none of the {len(lost)} poses is finite")
     if lost:
         log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, ", ".join(lost), len(images))
-    return Views(readers)
+    return Views(readers, len(lost))
 
 
 def _check_rigid(path: Path, pose: Float64[np.ndarray, "4 4"]) -> None:

@@ -17,10 +17,11 @@ class Views(Sequence):
     Args:
       readers: for each view the function that reads it; functools.partial of one keeps them fit for another
         process.
+      lost: how many frames were left out, since their pose is not finite.
     """
 
-    def __init__(self, readers: Sequence[Callable[[], View]]):
-        self._readers = list(readers)
+    def __init__(self, readers: Sequence[Callable[[], View]], lost: int = 0):
+        self._readers, self.lost = list(readers), lost
 
     def __len__(self) -> int:
         return len(self._readers)

@@ -151,7 +151,7 @@ def _with_finite_poses(folder: Path, readers: dict) -> Views:
     if lost:
         numbers = ", ".join(map(str, lost))
         log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, numbers, len(readers))
-    return Views([reader for number, (_, reader) in readers.items() if number not in lost])
+    return Views([reader for number, (_, reader) in readers.items() if number not in lost], len(lost))
 
 
 def _exported_view(folder: Path, number: int, pose, intrinsics, size: tuple[int, int]) -> View:

@@ -334,6 +334,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         absent = {name: str(reason) for name, reason in readers.items() if isinstance(reason, LeftOut)}
         report["left_out"] |= absent
         for name, record in self._records(split, {name: readers[name] for name in readers if name not in absent}):
+            report["frames_lost"] += 0 if isinstance(record, LeftOut) else int(record.pop("frames_lost"))
             if isinstance(record, LeftOut):
                 report.leave_out(name, str(record))
             elif split == "val":
@@ -347,7 +348,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                 report.leave_out(name, "no view sees any of its points")
 
     def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
-        """Each scene with superpoints and features, read back where a killed run had made it."""
+        """Each scene with superpoints, features and `frames_lost`, read back where a killed run had made it."""
         config = self._run_config
         files = {name: self._unfinished / f"{split} {quote(name, safe='')}.npz" for name in readers}
         missing = [readers[name] for name, file in files.items() if not file.exists()]
@@ -372,17 +373,20 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                         f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
                         f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
                     )
-                record = encode(scene)
+                record = encode(scene) | {"frames_lost": getattr(raw.views, "lost", 0)}
                 with replacing(files[name]) as file:
                     np.savez(file, **record)
                 yield name, record
 
 
 class _Report(dict):
-    """What went into a split, as JSON: scenes, points, the points of each class, and what was left out and why."""
+    """What went into a split, as JSON: scenes, points, the points of each class, and what was left out and why.
+
+    `frames_lost` are those without a finite pose.
+    """
 
     def __init__(self, labels: LabelSet):
-        super().__init__(scenes=0, points=0, points_with_feature=0, labels={}, left_out={})
+        super().__init__(scenes=0, points=0, points_with_feature=0, labels={}, left_out={}, frames_lost=0)
         self._names = dict(enumerate(labels.classes)) | {IGNORE: "ignored"}
 
     def add(self, record: dict) -> None:
@@ -407,6 +411,8 @@ def report_text(report: dict) -> str:
             f"{split}: scenes {of['scenes']}, left out {len(of['left_out'])}, points {of['points']:,}, "
             f"with a 2D feature {share:.1f} %"
         )
+        if of["frames_lost"]:
+            lines.append(f"  left out, {of['frames_lost']} frames without a finite pose")
         for reason in dict.fromkeys(of["left_out"].values()):
             names = [name for name, why in of["left_out"].items() if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

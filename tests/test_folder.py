@@ -247,8 +247,10 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     (val,) = prepare.load_split(tmp_path / "out", "val")
     assert (train.name, val.name) == ("kitchen", "hall")
     assert len(train.feature_index) > 500 and len(val.feature_index) > 500
-    left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
+    report = prepare.load_report(tmp_path / "out")
+    left_out = report["train"]["left_out"]
     assert list(left_out) == ["attic"] and "neither images nor labels" in left_out["attic"]
+    assert (report["train"]["frames_lost"], report["val"]["frames_lost"]) == (1, 0)
     config.data.chunk_points = 10
     (tmp_path / "val.txt").write_text("cellar\n")
     with pytest.raises(ValueError, match="val.txt lists 'cellar', which is not in .*; there: attic, hall, kitchen"):

@@ -273,6 +273,7 @@ def test_the_report_counts_scenes_points_labels_and_what_was_left_out(tmp_path, 
         "points_with_feature": len(scene.feature_index),
         "labels": {names[i]: int((scene.labels == i).sum()) for i in (0, 1)},
         "left_out": {},
+        "frames_lost": 0,
     }
     assert report["train"]["scenes"] == 1 and report["train"]["left_out"] == {"room 1": "no camera in the room"}
     assert f"val: scenes 1, left out 0, points {len(scene.points):,}, with a 2D feature" in caplog.text
@@ -462,9 +463,10 @@ def test_listed_clouds_without_frames_are_seen_by_simulated_cameras(scannet_root
 
 def test_a_long_list_of_scenes_left_out_is_told_in_one_line():
     reasons = {f"scene{i}": "not there" for i in range(5)} | {"attic": "no view sees any of its points"}
-    report = {"train": dict(scenes=0, points=0, points_with_feature=0, labels={}, left_out=reasons)}
+    report = {"train": dict(scenes=0, points=0, points_with_feature=0, labels={}, left_out=reasons, frames_lost=2)}
     lines = prepare.report_text(report).splitlines()
     assert lines[1:] == [
+        "  left out, 2 frames without a finite pose",
         "  left out, not there: scene0, scene1, scene2 and 2 more",
         "  left out, no view sees any of its points: attic",
     ]
