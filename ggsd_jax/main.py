@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
             if not hosts.is_first():
                 logging.set_verbosity(logging.WARNING)
             run.run(FLAGS.config, Path(FLAGS.workdir), FLAGS.mode, profile=FLAGS.profile)
-        except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        except (ValueError, OSError, NonFiniteError) as error:
             logging.debug("details", exc_info=True)
             raise SystemExit(f"{type(error).__name__}: {error}") from error
 

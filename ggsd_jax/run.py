@@ -10,7 +10,7 @@ import ml_collections
 from absl import logging
 
 from data.ply import replacing
-from ggsd_jax import evaluate, hosts, inference, prepare, train
+from ggsd_jax import evaluate, hosts, inference, limits, prepare, train
 
 MODES = ["all", "prepare", "train", "eval"]
 
@@ -21,8 +21,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, 
     With `profile` the training leaves a trace of some steps (`profiling.StepTrace`).
 
     Raises:
-        ValueError: `workdir` belongs to another configuration, or `eval.words` are not known or have no embedding.
+        ValueError: a value that no run can have; `workdir` belongs to another configuration; `eval.words` are not known
+            or have no embedding.
     """
+    limits.check(config)
     inference.keep_compiled_programs()
     if mode != "prepare":
         evaluate.check(config)

@@ -214,10 +214,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
     Raises:
         NonFiniteError: a loss or gradient became NaN or infinite; names the step and the term. The last good
             checkpoint stays.
-        ValueError: unknown `mode`; a training scene without labels, where they are needed.
+        ValueError: a training scene without labels, where they are needed.
     """
-    if config.mode not in MODES:
-        raise ValueError(f"mode is {config.mode!r}: expected one of {', '.join(map(repr, MODES))}")
     supervised = config.mode == "supervised"
     source = prepare.load_split(data_dir, "train")
     replicas, mine = hosts.replicas()
