@@ -195,7 +195,6 @@ def heat_map(
 def _store(
     out: Path, scene: Scene, colors: np.ndarray, ids: np.ndarray, words: Sequence[str], scores: np.ndarray
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     of_words = {f"score_{i}": column for i, column in enumerate(scores.T)} if scores.shape[1] <= 16 else {}
     write_ply(out / f"{scene.name}.ply", scene.points, colors=colors, label=ids, **of_words)
     with replacing(out / f"{scene.name}.npz") as file:
@@ -300,6 +299,10 @@ def run(args: argparse.Namespace) -> None:
     model = inference.load(args.model)
     for word in model.without_meaning([*args.words, *args.without]):
         print(f'note: the stand-in for CLIP that this model was trained with knows no word of "{word}"')
+    model.embed(
+        labels.classes if labels else [*args.words, *args.without]
+    )  # what is wrong with words is no scan's fault
+    args.out.mkdir(parents=True, exist_ok=True)
     found, left_out = {}, []
     for file in files:
         try:

@@ -268,7 +268,7 @@ class Page:
         if words != self.words.value:
             self.words.value = words
         if not words:
-            self.scores = None
+            self.scores, self.asked = None, ""
             self.paint(None)
             return
         start = time.perf_counter()
@@ -351,8 +351,9 @@ def serve(
     import viser
 
     try:
-        with socket.socket() as probe:  # viser waits for ever on an address that is not this machine's
-            probe.bind((host, 0))
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:  # viser waits for ever on an address that is not this machine's
+            probe.bind(address)
     except OSError as error:
         raise ValueError(f"--host={host} is no address of this machine ({error}); 127.0.0.1 or 0.0.0.0?") from error
 
