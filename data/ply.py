@@ -80,6 +80,8 @@ def read_ply_columns(
         raise ValueError(f"{path}: no element '{element}'; the file has {[e.name for e in elements]}")
     body = _BinaryBody(path, content, start) if order else _AsciiBody(path, content[start:])
     columns = {e.name: body.read(e) for e in elements if e.properties}.get(element, {})
+    if not order:
+        body.expect_end()
     (wanted,) = (e for e in elements if e.name == element)
     for name in lists:
         if name not in columns or name in (p.name for p in wanted.scalars):
@@ -219,6 +221,14 @@ class _AsciiBody:
                 items = self._parse(element, p, cells[p.name])
                 columns[p.name] = items.reshape(element.count, max(lengths[p.name], default=0))
         return columns
+
+    def expect_end(self) -> None:
+        """Where lines have more numbers than the header has properties, all after the first line were misread."""
+        extra = len(self.tokens) - self.position
+        if extra:
+            raise ValueError(
+                f"{self.path}: {extra} numbers more than its header has room for; do lines have a column more?"
+            )
 
     def _take(self, element: _Element, row: int, count: int) -> list[bytes]:
         tokens = self.tokens[self.position : self.position + count]

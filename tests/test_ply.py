@@ -170,6 +170,10 @@ VERTEX = [(axis, "float") for axis in "xyz"]
             "truncated or corrupt, the PLY header has no 'end_header'",
         ),
         (b"ply\nelement vertex 0\nend_header\n", "no 'format' line"),
+        (
+            b"ply\nformat ascii 1.0\nelement vertex 2\nproperty int x\nend_header\n1 9\n2 9\n",
+            "2 numbers more than its header has room for",
+        ),
         (b"ply\nformat ebcdic 1.0\nend_header\n", "corrupt PLY header, line 2 is 'format ebcdic 1.0'"),
         (b"ply\nformat ascii 1.0\nelement vertex many\nend_header\n", "line 3 is 'element vertex many'"),
         (b"ply\nformat ascii 1.0\nproperty float x\nend_header\n", "line 3"),
