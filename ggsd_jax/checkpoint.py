@@ -50,14 +50,20 @@ def restore(mngr: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
     """The state saved at `step`, as host arrays in the structure of `like`.
 
     Raises:
-        ValueError: the saved state has other shapes or names than `like` (another network or optimizer).
+        ValueError: the saved state has other shapes or names than `like` (another network or optimizer), or its files
+            are incomplete or damaged.
     """
+    folder = mngr.directory / str(step)
     try:
         state = mngr.restore(step, args=ocp.args.StandardRestore(jax.tree.map(jnp.asarray, like)))
     except ValueError as error:
         raise ValueError(
-            f"{mngr.directory}/{step} does not hold a state of this configuration; use another --workdir. {error}"
+            f"{folder} does not hold a state of this configuration; use another --workdir. Or it is damaged: delete it "
+            f"to go on from the one before. {error}"
         ) from error
+    except Exception as error:  # Orbax and TensorStore have many ways to meet half a copy
+        summary = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder} is damaged: delete it to go on from the one before ({summary})") from error
     return jax.tree.map(np.asarray, state)
 
 

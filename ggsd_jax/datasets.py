@@ -80,6 +80,7 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 def synthetic(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     """Generated rooms, `data.train_rooms` and `data.val_rooms` of them."""
+    _expect_label_set(config, "synthetic")
 
     def rooms(split: str) -> Readers:
         count = config.data[f"{split}_rooms"]

@@ -8,6 +8,7 @@ import ml_collections
 from ggsd_jax import train
 
 _AT_LEAST = {
+    "seed": 0,
     "batch_size": 1,
     "checkpoint_every": 1,
     "cpu_devices": 1,
@@ -66,6 +67,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.stage1_epochs + config.stage2_epochs < 1:
         raise ValueError("stage1_epochs and stage2_epochs are both 0: expected at least one epoch")
+    least, most = config.data.min_voxels, config.data.max_voxels
+    if least > most:
+        raise ValueError(f"data.min_voxels is {least}: expected no more than data.max_voxels={most}")
     train.make_model(config, out_channels=1)
 
 

@@ -75,7 +75,8 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
-    if hosts.is_first() and not (path.exists() and (workdir / "checkpoints").exists()):
+    begun = path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))
+    if hosts.is_first() and not begun:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
     hosts.wait()

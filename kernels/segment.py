@@ -7,8 +7,14 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 def _bins(segments, num_segments, counted):
     """Segment of every row; rows that are in none or do not count go to the extra bin `num_segments`."""
+    segments = _wide(segments)
     counted &= (segments >= 0) & (segments < num_segments)
     return jnp.where(counted, segments, num_segments)
+
+
+def _wide(ids):
+    """At least 32 bits: the extra bin, and the slots of `segment_mode`, may be beyond narrower ones."""
+    return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 
 def segment_mean(
@@ -48,6 +54,7 @@ def segment_mode(
     Returns:
         The label of each segment, -1 where nobody votes.
     """
+    labels = _wide(labels)
     votes = (labels >= 0) & (labels < num_labels)
     bins = _bins(segments, num_segments, votes if valid is None else votes & valid)
     slots = jnp.where(bins < num_segments, bins * num_labels + labels, num_segments * num_labels)

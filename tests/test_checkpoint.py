@@ -42,6 +42,15 @@ def test_a_state_of_another_network_is_refused(tmp_path):
         checkpoint.restore(manager, 7, state(width=5))
 
 
+def test_a_state_cut_off_is_named_with_what_to_do(tmp_path):
+    manager = checkpoint.manager(tmp_path)
+    checkpoint.save(manager, 7, state(width=2000))
+    largest = max((tmp_path / "7").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{tmp_path}/7 .*damaged: delete it to go on from the one before"):
+        checkpoint.restore(manager, 7, state(width=2000))
+
+
 def test_a_model_comes_back_with_its_info_and_replaces_the_one_before(tmp_path):
     for value in (1, 2):
         checkpoint.save_model(tmp_path / "model", {"params": {"w": np.full(3, value)}}, {"arch": value})

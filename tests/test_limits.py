@@ -15,9 +15,9 @@ def test_every_config_is_within_the_limits(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_number_has_limits(path):
-    """But for the seed, and the rates of the simulated teacher, whose class explains them."""
+    """But for the rates of the simulated teacher, whose class explains them."""
     limited = {*limits._AT_LEAST, *limits._POSITIVE, *limits._NOT_NEGATIVE, *limits._SHARES}
-    elsewhere = {"seed", "model.remat", "data.train_rooms", "data.val_rooms"}
+    elsewhere = {"model.remat", "data.train_rooms", "data.val_rooms"}
 
     def numbers(part, prefix=""):
         for name, value in part.items():
@@ -36,6 +36,8 @@ def test_every_number_has_limits(path):
         ("batch_size", -1, "batch_size is -1: expected at least 1"),
         ("data.chunks", 0, "data.chunks is 0: expected at least 1"),
         ("data.workers", -1, "data.workers is -1: expected at least 0"),
+        ("seed", -1, "seed is -1: expected at least 0"),
+        ("data.min_voxels", 200_000, "data.min_voxels is 200000: expected no more than data.max_voxels=100000"),
         ("data.max_voxels", 10, "data.max_voxels is 10: expected at least 1000"),
         ("data.voxel_size", 0.0, "data.voxel_size is 0.0: expected a positive number"),
         ("loss.temperature", float("nan"), "loss.temperature is nan: expected a positive number"),

@@ -25,7 +25,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_a_field_can_be_mended_until_training_has_begun(tmp_path):
     for root in ("/nope", "/data"):
         _claim(tmp_path, ml_collections.ConfigDict({"root": root}))
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints").mkdir()  # a run that was refused before its first step
+    _claim(tmp_path, ml_collections.ConfigDict({"root": "/data"}))
+    (tmp_path / "checkpoints" / "20").mkdir()
     with pytest.raises(ValueError, match="root is '/data' there and '/nope' here"):
         _claim(tmp_path, ml_collections.ConfigDict({"root": "/nope"}))
 
@@ -34,7 +36,7 @@ def test_how_a_run_is_evaluated_can_change_and_its_old_results_go(tmp_path):
     def config(**fields):
         return ml_collections.ConfigDict({"eval": {"repeats": 5}, "data": {"max_voxels": 10}} | fields)
 
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
     write_json(tmp_path / "config.json", config().to_dict())
     (tmp_path / "results.json").touch()
     _claim(tmp_path, config())

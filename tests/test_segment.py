@@ -86,3 +86,11 @@ def test_a_label_that_marks_no_class_does_not_vote():
 def test_mean_of_many_half_precision_rows_does_not_lose_the_small_ones(dtype):
     mean = segment_mean(jnp.ones((5000, 1), dtype), jnp.zeros(5000, jnp.int32), 1)
     assert mean.dtype == dtype and mean.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_narrow_ids_are_counted_as_wide_ones(dtype):
+    segments, labels = jnp.array([100, 100, 7], dtype), jnp.array([3, 3, 4], dtype)
+    np.testing.assert_array_equal(segment_mode(labels, segments, 300, 400)[jnp.array([100, 7, 8])], [3, 4, -1])
+    means = segment_mean(jnp.array([[5.0], [7.0], [1.0]]), segments, 300)
+    np.testing.assert_array_equal(means[jnp.array([100, 7, 8])], [[6], [1], [0]])
