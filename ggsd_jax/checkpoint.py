@@ -6,6 +6,7 @@ Of several processes the first writes, and each reads for itself: none waits for
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -91,7 +92,7 @@ def save_model(directory: Path, variables: PyTree, info: dict) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
-    (temporary / MODEL_FILE).write_text(json.dumps(info, indent=1))
+    (temporary / MODEL_FILE).write_text(json.dumps(info | {"checksum": _checksum(variables)}, indent=1))
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
 
@@ -110,18 +111,30 @@ def load_model(directory: Path) -> tuple[PyTree, dict]:
         )
     try:
         info = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, {error}; copy or export the model again") from error
+        checksum = info.pop("checksum", None)  # None: whoever made the folder left it out
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); copy or export the model again") from error
     saved = (directory / "variables").resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         try:
             tree = checkpointer.metadata(saved).item_metadata.tree
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(saved, restore_args=kinds), info
+            variables = checkpointer.restore(saved, restore_args=kinds)
+            if checksum not in (None, _checksum(variables)):
+                raise ValueError("their checksum is not that of model.json")
+            return variables, info
         except Exception as error:  # Orbax and TensorStore have many ways to meet half a copy
             raise ValueError(
                 f"{saved}: the weights are incomplete or damaged; copy or export the model again ({error})"
             ) from error
+
+
+def _checksum(variables: PyTree) -> int:
+    """CRC-32 of all numbers in their order."""
+    checksum = 0
+    for leaf in jax.tree.leaves(variables):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    return checksum
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -64,7 +64,7 @@ def test_a_folder_without_a_model_is_named_in_the_error(tmp_path):
         checkpoint.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut off", "no list of what is there"])
+@pytest.mark.parametrize("damage", ["absent", "cut off", "no list of what is there", "a bit"])
 def test_half_a_copy_of_a_model_is_named_in_the_error(tmp_path, damage):
     folder = tmp_path / "model"
     checkpoint.save_model(folder, {"params": {"w": np.arange(3000.0)}}, {})
@@ -73,6 +73,9 @@ def test_half_a_copy_of_a_model_is_named_in_the_error(tmp_path, damage):
     elif damage == "cut off":
         for file in (folder / "variables").rglob("d/*"):
             file.write_bytes(file.read_bytes()[:10])
+    elif damage == "a bit":
+        info = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(info | {"checksum": info["checksum"] ^ 1}))
     else:
         (folder / "variables" / "_METADATA").unlink()
     with pytest.raises(ValueError, match=f"{folder}/variables: the weights are incomplete or damaged"):
@@ -84,4 +87,4 @@ def test_half_a_copy_of_a_model_is_named_in_the_error(tmp_path, damage):
 
 def test_the_info_of_a_model_is_plain_json(tmp_path):
     checkpoint.save_model(tmp_path / "model", {"w": np.zeros(1)}, {"classes": ["wall"]})
-    assert json.loads((tmp_path / "model" / "model.json").read_text()) == {"classes": ["wall"]}
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["classes"] == ["wall"]
