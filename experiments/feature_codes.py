@@ -3,19 +3,24 @@
   python -m experiments.feature_codes --scan=scene0000_00 --text=clip_scannet20_vitb32_512.npz
 
 The scan's real frames are fused with the features of a simulated 2D teacher, since those of a network need weights; the
-words are CLIP's. Noise of full rank is added to see that the codes do not live on features being few. Prints a table.
+words are CLIP's. Noise of full rank is added to see that the codes do not live on features being few. With --steps a
+small network then learns the scan from the features as they are, and one from the coded ones. Prints tables.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
+from unittest import mock
 
+import ml_collections
 import numpy as np
+from absl import logging
 
 from data import feature_codes, scannet
 from data.labels import LABEL_SETS
 from data.projection import fuse
-from experiments import published
-from ggsd_jax import metrics
+from experiments import published, scannet_sample
+from ggsd_jax import inference, metrics, run
 from ggsd_jax.evaluate import half_scores
 from ggsd_jax.vision_language import teachers
 
@@ -31,7 +36,11 @@ def main() -> None:
     parser.add_argument("--scan", type=Path, required=True, help="folder of a scan with labels and frames")
     parser.add_argument("--text", required=True, help="CLIP embeddings of the 20 class names, .npz, or CLIP's folder")
     parser.add_argument("--draws", type=int, default=2, help="of each noise (%(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="of training, e.g. 360: minutes a run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs from each kind of features (%(default)s)")
+    parser.add_argument("--workdir", type=Path, default=Path("out/feature_codes"), help="for the runs (%(default)s)")
     given = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
     config = published.load_config("scannet")
     config.teacher.name, config.text.encoder = teachers.SIMULATED, given.text
     scene = scannet.read_scene(given.scan)
@@ -56,6 +65,45 @@ def main() -> None:
             )
             changed = 100 * (exact != lossy).mean()
             print(f"| {name} | {size / spoiled.nbytes:.3f} | {before:.2f} | {after - before:+.2f} | {changed:.1f} % |")
+    if given.steps:
+        print("\n| learned from | cosine with the float16 features, for each seed |\n| --- | --- |")
+        for stored in ("float16", "coded"):
+            folders = [train(given, config, stored, seed) for seed in range(given.seeds)]
+            models = (inference.load(folder / "model") for folder in folders)
+            learned = (inference.unit(model.encode(scene.points)[feature_index]) for model in models)
+            exact = inference.unit(features.astype(np.float32))
+            print(f"| {stored} | {', '.join(f'{(rows * exact).sum(axis=1).mean():.3f}' for rows in learned)} |")
+
+
+def train(given: argparse.Namespace, config: ml_collections.ConfigDict, stored: str, seed: int) -> Path:
+    """The work directory of a first stage on the scan alone, from features stored as "float16" or "coded"."""
+    root = given.workdir / "root"
+    (root / "scans").mkdir(parents=True, exist_ok=True)
+    link = root / "scans" / given.scan.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(given.scan.resolve())
+    for split in ("train", "val"):
+        (root / f"scannetv2_{split}.txt").write_text(given.scan.name)
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(
+        scannet_sample.OVERRIDES
+        | {"data.root": str(root.resolve()), "data.prepared": str((given.workdir / stored).resolve())}
+        | {"data.prepare_workers": 0, "data.min_voxels": 0, "data.loop": 1, "batch_size": 1, "cpu_devices": 1}
+        | {"seed": seed, "stage1_epochs": given.steps, "stage2_epochs": 0}
+    )
+    folder = given.workdir / f"{stored}_{seed}"
+    as_they_are = {
+        "quantize": lambda rows: feature_codes.FeatureCodes(
+            np.zeros(rows.shape[1], np.float16), np.ones(len(rows), np.float16), rows
+        ),
+        "compress": lambda rows: np.frombuffer(rows.tobytes(), np.uint8),
+        "decompress": lambda stream, channels: np.frombuffer(stream, np.float16).reshape(-1, channels),
+    }
+    run.use_cpu_devices(config)
+    with mock.patch.multiple(feature_codes, **as_they_are) if stored == "float16" else contextlib.nullcontext():
+        for mode in ("prepare", "train"):
+            run.run(config, folder, mode)
+    return folder
 
 
 def _with_noise(features: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
