@@ -424,8 +424,14 @@ def build_pyramid(
         spread: of a given bucket, see `Pyramid.spread`.
     Raises:
         CapacityError: the cloud does not fit the given bucket.
-        ValueError: coords empty, repeated or out of range.
+        ValueError: coords empty, repeated or out of range; levels, bucket or spread other than these.
     """
+    if not 1 <= levels <= 5:
+        raise ValueError(f"levels is {levels}: expected 1 to 5")
+    if bucket is not None and (bucket <= 0 or bucket % 128 or not 0 <= spread <= _WIDEST):
+        raise ValueError(
+            f"bucket is {bucket} and spread {spread}: expected a positive multiple of 128, and 0 to {_WIDEST}"
+        )
     level = _sorted_level(coords, 1)
     stem = _neighbours(level, 5)
     level_coords, submanifold, down = [coords], [], []

@@ -357,3 +357,17 @@ def test_strided_coordinates_are_minkowski_engines(shared):
         _, i, j = pairs(pyramid.down[level]).T
         parent = j[np.argsort(i)][parent]
         np.testing.assert_array_equal(coarse[parent], golden[f"parent_ts{stride}"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"levels": 0}, "levels is 0: expected 1 to 5"),
+        ({"levels": 6}, "levels is 6: expected 1 to 5"),
+        ({"bucket": 2050}, "bucket is 2050 .*expected a positive multiple of 128"),
+        ({"bucket": 2048, "spread": 9}, "spread 9: expected"),
+    ],
+)
+def test_a_pyramid_of_no_such_shape_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        build_pyramid(np.zeros((1, 4), np.int32), **shape)
