@@ -87,6 +87,10 @@ def _parse_ascii(path: Path, body: bytes, dtype: np.dtype, count: int) -> dict[s
     tokens = body.split()
     if len(tokens) < count * width:
         raise _truncated(path, len(tokens) // width, count)
+    if len(tokens) > count * width:
+        raise ValueError(
+            f"{path}: {len(tokens) - count * width} numbers more than its header has fields and points for"
+        )
     try:
         table = np.array(tokens[: count * width], np.bytes_).astype(np.float64).reshape(count, width)
     except ValueError as error:

@@ -31,6 +31,7 @@ DEPTH_TOLERANCE = 0.25  # relative, as OpenScene
 BORDER = 10  # pixels, as OpenScene
 STREAM_STEP = 20  # frames of a .sens stream from one view to the next, as OpenScene
 
+_STRAY_IDS = (50, 149)  # of scene0270_00, scene0270_02 and scene0384_00
 LABEL_TABLES = {
     "scannet20": NYU40_TO_SCANNET20,
     "nyu40": np.array([IGNORE, *range(40)], np.int32),
@@ -75,7 +76,8 @@ def read_labels(path: str | os.PathLike, label_set: str = "scannet20") -> Int32[
     """The classes of a label set, 255 = none of them, of the vertices of a `.labels.ply` file of ScanNet v2.
 
     The file of the same name in ScanNet v1 holds ids of raw categories, not of NYU40, and would be read as
-    other classes; it is told by ids above 40.
+    other classes; it is told by ids above 40. Three scenes of v2 have a few vertices of the ids 50 and 149, which are
+    no class either (ScanNet's issues 20 and 86).
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -84,7 +86,7 @@ def read_labels(path: str | os.PathLike, label_set: str = "scannet20") -> Int32[
     columns = read_ply_columns(path)
     if "label" not in columns:
         raise ValueError(f"{path}: the vertices have no property 'label'; expected a ScanNet v2 .labels.ply file")
-    nyu40 = columns["label"]
+    nyu40 = np.where(np.isin(columns["label"], _STRAY_IDS), 0, columns["label"])
     bad = np.flatnonzero((nyu40 < 0) | (nyu40 >= len(NYU40_TO_SCANNET20)))
     if bad.size:
         raise ValueError(

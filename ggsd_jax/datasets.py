@@ -327,7 +327,7 @@ def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
     path = Path(config.data.lists or config.data.root) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; point data.lists at the folder with the lists of the data set")
-    names = path.read_text().split()
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: lists no scene; expected a name per line")
     return names

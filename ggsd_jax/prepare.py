@@ -351,12 +351,12 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         """Each scene with superpoints, features and `frames_lost`, read back where a killed run had made it."""
         config = self._run_config
         files = {name: self._unfinished / f"{split} {quote(name, safe='')}.npz" for name in readers}
-        missing = [readers[name] for name, file in files.items() if not file.exists()]
+        missing = {name: readers[name] for name, file in files.items() if not file.exists()}
         cut = functools.partial(cut_superpoints, settings=config.superpoints.to_dict())
-        raw_scenes = in_order(cut, missing, config.data.prepare_workers)
+        raw_scenes = in_order(cut, missing.values(), config.data.prepare_workers)
         with contextlib.closing(raw_scenes):
             for name in tqdm(readers, desc=f"prepare {split}", unit="scene", dynamic_ncols=True):
-                if files[name].exists():
+                if name not in missing:
                     with np.load(files[name], allow_pickle=False) as archive:
                         yield name, dict(archive) | {"name": str(archive["name"])}
                     continue

@@ -236,7 +236,7 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     labelled = Scene("hall", room, labels=np.r_[LABELS, LABELS])
     labelled.save_npz(tmp_path / "hall.npz")
     dataclasses.replace(labelled, labels=None).save_npz(tmp_path / "attic.npz")
-    (tmp_path / "val.txt").write_text("hall\n")
+    (tmp_path / "val.txt").write_text("\ufeffhall\n\n", encoding="utf-8")
     config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
     config.teacher.name = "simulated"
     config.update_from_flattened_dict(

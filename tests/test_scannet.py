@@ -238,3 +238,9 @@ def test_the_real_v1_label_file_is_refused_not_mistaken(shared, tmp_path):
     shutil.copy(source / "scene0000_00_vh_clean_2.labels_v1_rawid.ply", folder / "scene0000_00_vh_clean_2.labels.ply")
     with pytest.raises(ValueError, match="labels.ply: label row .*ScanNet v1 has raw category ids"):
         scannet.read_scene(folder)
+
+
+def test_stray_ids_of_three_v2_scenes_are_no_class(tmp_path):
+    path = tmp_path / "a.labels.ply"
+    write_ply(path, np.zeros((4, 3), np.float32), label=np.array([1, 50, 149, 2], np.uint16))
+    assert scannet.read_labels(path).tolist() == [0, 255, 255, 1]
