@@ -346,6 +346,9 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                     yield next(key), chunk_of_features(record, chunk, config.data.chunk_points)
             else:
                 report.leave_out(name, "no view sees any of its points")
+        if not report["scenes"]:
+            reasons = "; ".join(dict.fromkeys(report["left_out"].values()))
+            raise ValueError(f"split {split!r} has no scene left, all {len(readers)} are left out: {reasons}")
 
     def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
         """Each scene with superpoints, features and `frames_lost`, read back where a killed run had made it."""

@@ -260,3 +260,13 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
 def test_the_layout_in_the_config_is_the_one_the_errors_show():
     text = (Path(__file__).parents[1] / "configs/folder.py").read_text()
     assert folder.LAYOUT.strip("\n") in text
+
+
+def test_a_split_of_which_nothing_is_left_says_why(tmp_path):
+    Scene("attic", POINTS).save_npz(tmp_path / "attic.npz")
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        {"data.root": str(tmp_path), "data.prepare_workers": 0, "teacher.name": "simulated", "text.encoder": "stand-in"}
+    )
+    with pytest.raises(ValueError, match="split 'train' has no scene left, all 1 are left out: it has neither images"):
+        prepare.prepare(config, tmp_path / "out")
