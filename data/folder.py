@@ -212,7 +212,7 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
       ValueError: no image, a pose that is no rigid motion, intrinsics that are not of the image, or depth of
         another shape (checked when it is read).
     """
-    folder = Path(cloud).resolve().parent
+    folder = Path(cloud).absolute().parent
     if not (folder / "images").is_dir():
         return None
     images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)

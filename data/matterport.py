@@ -91,7 +91,7 @@ def read_region(path: str | os.PathLike, class_of_category: Int32[np.ndarray, " 
       ValueError: it is corrupt, its faces are no triangles of its vertices or have no category_id, or one that
         the table does not have.
     """
-    path = Path(path).resolve()
+    path = Path(path).absolute()
     scene = read_ply(path)
     faces = read_ply_columns(path, "face", lists=["vertex_indices"])
     if "category_id" not in faces:

@@ -101,7 +101,7 @@ def _parse_header(path, content: bytes) -> tuple[str, list[_Element], int]:
     if end is None:
         raise ValueError(f"{path}: truncated or corrupt, the PLY header has no 'end_header'")
     order, elements = None, []
-    for number, line in enumerate(content[: end.start()].decode("latin-1").splitlines(), start=1):
+    for number, line in enumerate(re.split(r"\r?\n", content[: end.start()].decode("latin-1")), start=1):
         try:
             match line.split():
                 case ["ply"] | ["comment" | "obj_info", *_] | []:

@@ -64,7 +64,7 @@ def read_scan(path: str | os.PathLike) -> Scene:
       FileNotFoundError: there is no such scan.
       ValueError: it does not hold whole rows, or its labels are not of this scan or have unknown ids.
     """
-    path = Path(path).resolve()
+    path = Path(path).absolute()
     sequence = path.parent.parent
     content = path.read_bytes()
     if not content or len(content) % 16:
@@ -108,7 +108,7 @@ def read_views(path: str | os.PathLike) -> list[View]:
       FileNotFoundError: there is no image or no calib.txt.
       ValueError: calib.txt lacks P2 or Tr, or they are no 3x4 matrices.
     """
-    path = Path(path).resolve()
+    path = Path(path).absolute()
     sequence = path.parent.parent
     image = sequence / "image_2" / f"{path.stem}.png"
     if not image.is_file():

@@ -267,3 +267,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="a.ply: field 'name' of type"):
         write_ply(path, np.eye(6, 3), name=np.array(list("abcdef")))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_comment_may_be_in_any_language(tmp_path):
+    (tmp_path / "a.ply").write_text(
+        "ply\nformat ascii 1.0\ncomment \u00c5ngstr\u00f6m \u0445\nelement vertex 1\nproperty int x\nend_header\n7\n",
+        encoding="utf-8",
+    )
+    assert read_ply_columns(tmp_path / "a.ply")["x"].tolist() == [7]
