@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, Shaped
-from PIL import Image
 
-from data.frames import Views, read_depth, read_pose
+from data.frames import Views, image_size_of, read_depth, read_pose
 from data.labels import IGNORE
 from data.pcd import read_pcd_columns
 from data.projection import adjust_intrinsics
@@ -35,13 +34,15 @@ LAYOUT = """
 
 CLOUD_SUFFIXES = (".ply", ".pcd", ".npz", ".xyz")
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+_SEPARATOR = r"\s*[,;]\s*|\s+"  # of the numbers in a line
 _TALLEST, _WIDEST, _SMALLEST = 100.0, 2000.0, 0.05  # metres; of a scan that is believed to be in metres
 LONGEST_SIDE = 640  # pixels of the grid of 2D features
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_FRAME_FOLDERS = ("images", "poses", "depth", "intrinsics")
 
 
 def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
-    """The cloud file of each scene of a folder, by the scene's name, in alphabetical order.
+    """The cloud file of each scene of a folder, by the scene's name, in alphabetical order; hidden files are none.
 
     Raises:
       ValueError: there is no scene, two have the same name, or a scene's folder holds several clouds; the
@@ -49,8 +50,8 @@ def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
     """
     root = Path(root)
     clouds: dict[str, Path] = {}
-    for path in sorted(root.iterdir()):
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for path in _visible(root):
+        files = _visible(path) if path.is_dir() else [path]
         inside = [file for file in files if file.suffix.lower() in CLOUD_SUFFIXES]
         if not inside:
             continue
@@ -66,6 +67,17 @@ def find_scenes(root: str | os.PathLike) -> dict[str, Path]:
     if (root / "images").is_dir() and sum(file.parent == root for file in clouds.values()) > 1:
         raise ValueError(f"{root}: images/ lies beside several clouds; give each a folder of its own:{LAYOUT}")
     return clouds
+
+
+def without_cloud(root: str | os.PathLike) -> list[str]:
+    """The names of the folders in `root` that would be scenes if they held a cloud."""
+    folders = [path for path in _visible(Path(root)) if path.is_dir() and path.name not in _FRAME_FOLDERS]
+    return [path.name for path in folders if all(file.suffix.lower() not in CLOUD_SUFFIXES for file in _visible(path))]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files such as the ._K.jpg that macOS leaves."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def read_cloud(path: str | os.PathLike, scale: float | None = None) -> Scene:
@@ -171,9 +183,13 @@ def _read_text(path: Path) -> dict[str, np.ndarray]:
     """The columns of a text file of 3 or 6 numbers per line, separated by blanks or commas; # begins a comment."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        cells = re.split(r"[\s,;]+", line.split("#")[0].strip())
+        content = line.split("#")[0].strip()
+        cells = re.split(_SEPARATOR, content)
         if cells == [""]:
             continue
+        separators = re.findall(_SEPARATOR, content)
+        if "," in separators and any(separator.strip() != "," for separator in separators):
+            raise ValueError(f"{path}: line {number} is {line.strip()[:60]!r}; write a decimal point, not a comma")
         if len(cells) not in (3, 6) or (rows and len(cells) != len(rows[0])):
             raise ValueError(f"{path}: line {number} is {line.strip()[:60]!r}, expected x y z, or x y z red green blue")
         try:
@@ -209,15 +225,19 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
 
     Raises:
       FileNotFoundError: an image has no pose, there are no intrinsics, or a frame lacks its own ones or its depth.
-      ValueError: no image, a pose that is no rigid motion, intrinsics that are not of the image, or depth of
-        another shape (checked when it is read).
+      ValueError: no image, two of one name, a file that is none, a pose that is no rigid motion, intrinsics that are
+        not of the image, or depth of another shape (checked when it is read).
     """
     folder = Path(cloud).absolute().parent
     if not (folder / "images").is_dir():
         return None
-    images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+    images = [path for path in _visible(folder / "images") if path.suffix.lower() in _IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"{folder}/images: holds no .jpg or .png; expected:{LAYOUT}")
+    by_stem: dict[str, Path] = {}
+    for image in images:
+        if (other := by_stem.setdefault(image.stem, image)) is not image:
+            raise ValueError(f"{folder}/images: {other.name} and {image.name} would share a pose; rename one")
     has_depth = (folder / "depth").is_dir()
     spacing = 1.5 * point_spacing(scene.points)
     readers, lost = [], []
@@ -233,8 +253,7 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
             continue
         _check_rigid(pose_path, pose)
         pose[:3, 3] *= scale
-        with Image.open(image) as file:
-            image_size = file.size
+        image_size = image_size_of(image)
         intrinsics = _read_intrinsics(folder, image.stem, image_size)
         name = f"{scene.name}/{image.stem}"
         if depth is None:
@@ -270,7 +289,7 @@ def _read_intrinsics(folder: Path, name: str, size: tuple[int, int]) -> Float64[
             f"{folder}: neither intrinsics.txt nor intrinsics/{name}.txt is there; expected:{LAYOUT}"
         )
     try:
-        values = np.array(path.read_text().split(), np.float64)
+        values = np.array(path.read_text(encoding="utf-8-sig").split(), np.float64)
         side = {9: 3, 16: 4}.get(values.size)
         matrix = np.eye(3)
         if side is not None:

@@ -58,6 +58,22 @@ def read_depth(
     return (units / units_per_metre).astype(np.float32)
 
 
+def image_size_of(path: str | os.PathLike) -> tuple[int, int]:
+    """(w, h) of an image file, of which only the head is read.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is empty, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or no image ({error}); export the frame again") from error
+
+
 def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:
     """The camera-to-world matrix in a text file of 16 numbers; it may hold -inf or nan, as of lost frames.
 
@@ -66,6 +82,6 @@ def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:
       ValueError: there are not 16 numbers in it.
     """
     try:
-        return np.array(Path(path).read_text().split(), dtype=np.float64).reshape(4, 4)
+        return np.array(Path(path).read_text(encoding="utf-8-sig").split(), dtype=np.float64).reshape(4, 4)
     except ValueError as error:
         raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None

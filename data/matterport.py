@@ -47,7 +47,7 @@ def read_categories(path: str | os.PathLike, label_set: str) -> Int32[np.ndarray
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; it comes with the code of Matterport3D (metadata/)")
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     columns = {"index", "nyu40id", "nyuClass"}
     if not rows or not columns <= rows[0].keys():
@@ -136,18 +136,21 @@ def read_cameras(building: str | os.PathLike) -> list[Camera]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no command of the format or has numbers that are not finite; it is named.
+      ValueError: a line is no command of the format or has numbers that are not finite; it is named.  Or there are
+        fewer images than the file says.
     """
     building = Path(building).resolve()
     path = building / "undistorted_camera_parameters" / f"{building.name}.conf"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; download and unpack --type undistorted_camera_parameters")
-    folders, intrinsics, cameras = {}, None, []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    folders, intrinsics, cameras, promised = {}, None, [], 0
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
         try:
             match line.split():
-                case ["dataset" | "n_images", _] | []:
+                case ["dataset", _] | []:
                     pass
+                case ["n_images", count]:
+                    promised = int(count)
                 case [("depth_directory" | "color_directory") as kind, folder]:
                     folders[kind] = building / folder
                 case ["intrinsics_matrix", *values]:
@@ -161,6 +164,8 @@ def read_cameras(building: str | os.PathLike) -> list[Camera]:
                     raise ValueError("no command of the format")
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: line {number} is {line.strip()[:60]!r}: {error}; unpack it again") from None
+    if len(cameras) < promised:
+        raise ValueError(f"{path}: truncated, it has {len(cameras)} of {promised} images; unpack it again")
     return cameras
 
 

@@ -111,8 +111,8 @@ def read_keyframes(
 
     Raises:
       FileNotFoundError: a table is missing.
-      ValueError: a table is corrupt or lacks a field or a row that another names, a driving scene is unknown,
-        or the categories are not those of lidarseg.
+      ValueError: a table is corrupt or lacks a field or a row that another names, a pose or a camera is no matrix, a
+        driving scene is unknown, or the categories are not those of lidarseg.
     """
     root = Path(root)
     tables = root / version
@@ -123,7 +123,7 @@ def read_keyframes(
     records = _read_records(tables, samples.keys(), sweeps, mounts)
     needed = {record["ego_pose_token"] for record in records.values()}
     rows = _read_table(tables, "ego_pose", _fields("token", "translation", "rotation", only=needed))
-    car_poses = {row["token"]: _matrix(row) for row in rows}
+    car_poses = {row["token"]: _matrix(tables / "ego_pose.json", row) for row in rows}
     labels = _read_label_files(root, tables)
 
     def to_world(record: dict) -> Float64[np.ndarray, "4 4"]:
@@ -180,11 +180,13 @@ class _Mount(NamedTuple):
 def _read_mounts(tables: Path) -> dict[str, _Mount]:
     channels = {row["token"]: row["channel"] for row in _read_table(tables, "sensor", _fields("token", "channel"))}
     fields = _fields("token", "sensor_token", "translation", "rotation", "camera_intrinsic")
-    return {
-        row["token"]: _Mount(channels[row["sensor_token"]], _matrix(row), np.array(row["camera_intrinsic"], np.float64))
-        for row in _read_table(tables, "calibrated_sensor", fields)
-        if row["sensor_token"] in channels
-    }
+    path, mounts = tables / "calibrated_sensor.json", {}
+    for row in _read_table(tables, "calibrated_sensor", fields):
+        channel = channels.get(row["sensor_token"])
+        if channel is not None:
+            intrinsics = _array(path, row, "camera_intrinsic", (3, 3)) if channel in CAMERAS else np.empty(0)
+            mounts[row["token"]] = _Mount(channel, _matrix(path, row), intrinsics)
+    return mounts
 
 
 def _read_records(tables: Path, samples: Collection[str], sweeps: int, mounts: dict[str, _Mount]) -> dict[str, dict]:
@@ -240,16 +242,32 @@ def _read_label_files(root: Path, tables: Path) -> dict[str, Path]:
     return {row["sample_data_token"]: root / row["filename"] for row in rows}
 
 
-def _matrix(row: dict) -> Float64[np.ndarray, "4 4"]:
-    """The pose of a row with `rotation`, a quaternion w, x, y, z, and `translation` in metres."""
-    w, x, y, z = np.array(row["rotation"]) / np.linalg.norm(row["rotation"])
+def _array(path: Path, row: dict, field: str, shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
+    try:
+        array = np.array(row[field], np.float64)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(
+            f"{path}: {field} of the row {row['token']} is {str(row[field])[:60]}, expected finite numbers of the "
+            f"shape {list(shape)}; unpack the metadata again"
+        )
+    return array
+
+
+def _matrix(path: Path, row: dict) -> Float64[np.ndarray, "4 4"]:
+    """The pose of a row of a table with `rotation`, a quaternion w, x, y, z, and `translation` in metres."""
+    rotation = _array(path, row, "rotation", (4,))
+    if not rotation.any():
+        raise ValueError(f"{path}: rotation of the row {row['token']} is zero; unpack the metadata again")
+    w, x, y, z = rotation / np.linalg.norm(rotation)
     matrix = np.eye(4)
     matrix[:3, :3] = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    matrix[:3, 3] = row["translation"]
+    matrix[:3, 3] = _array(path, row, "translation", (3,))
     return matrix
 
 
@@ -299,7 +317,10 @@ def read_labels(path: str | os.PathLike, num_points: int) -> Int32[np.ndarray, "
       FileNotFoundError: there is no such file.
       ValueError: it has another number of labels, or ids above 31.
     """
-    raw = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    try:
+        raw = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; unpack nuScenes-lidarseg into the same folder") from None
     if len(raw) != num_points:
         raise ValueError(f"{path}: {len(raw)} labels for a sweep of {num_points} points; unpack lidarseg again")
     bad = np.flatnonzero(raw >= len(LIDARSEG_TO_NUSCENES16))

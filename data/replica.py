@@ -91,7 +91,8 @@ def _frames(folder: Path) -> dict[int, tuple[np.ndarray, Path, Path]]:
 
 def _read_trajectory(path: Path) -> Float64[np.ndarray, "F 4 4"]:
     try:
-        return np.array([line.split() for line in path.read_text().splitlines() if line], np.float64).reshape(-1, 4, 4)
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return np.array([line.split() for line in lines if line.strip()], np.float64).reshape(-1, 4, 4)
     except ValueError as error:
         raise ValueError(f"{path}: expected 16 numbers in each line, a 4x4 camera-to-world matrix ({error})") from None
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, Int32
-from PIL import Image
 
+from data.frames import image_size_of
 from data.labels import IGNORE, LABEL_SETS
 from data.scene import Scene, View
 
@@ -106,15 +106,14 @@ def read_views(path: str | os.PathLike) -> list[View]:
 
     Raises:
       FileNotFoundError: there is no image or no calib.txt.
-      ValueError: calib.txt lacks P2 or Tr, or they are no 3x4 matrices.
+      ValueError: the image is none, or what `read_calibration` raises.
     """
     path = Path(path).absolute()
     sequence = path.parent.parent
     image = sequence / "image_2" / f"{path.stem}.png"
     if not image.is_file():
         raise FileNotFoundError(f"{image}: missing; unpack the color images of KITTI odometry beside velodyne/")
-    with Image.open(image) as file:
-        size = file.size
+    size = image_size_of(image)
     projection, from_lidar = read_calibration(sequence / "calib.txt")
     intrinsics = projection[:, :3]
     to_camera = from_lidar.copy()
@@ -129,16 +128,20 @@ def read_calibration(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is missing or is no matrix.
+      ValueError: a line is missing, is no 3x4 matrix of finite numbers, or is no camera or pose.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; unpack the calibration files of KITTI odometry")
-    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in path.read_text("utf-8-sig", "replace").splitlines() if ":" in line)
     matrices = []
     for name in ("P2", "Tr"):
         try:
-            matrices.append(np.array(lines[name].split(), np.float64).reshape(3, 4))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: expected a line '{name}:' with 12 numbers ({error})") from None
+            matrix = np.array(lines[name].split(), np.float64).reshape(3, 4)
+            np.linalg.inv(matrix[:, :3])
+        except (KeyError, ValueError, np.linalg.LinAlgError) as error:
+            raise ValueError(f"{path}: expected a line '{name}:' with 12 numbers, a matrix ({error})") from None
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"{path}: {name} has numbers that are not finite; unpack the calibration again")
+        matrices.append(matrix)
     return matrices[0], np.vstack([matrices[1], [0, 0, 0, 1]])

@@ -56,6 +56,8 @@ def read_stream(path: str | os.PathLike, every: int = 1) -> tuple[Stream, list[F
                 f"{path}: color compression {color} and depth compression {depth}, expected 2 (JPEG; or 1, PNG) and "
                 "1 (zlib), as ScanNet publishes them"
             )
+        if not 0 < units < float("inf"):
+            raise ValueError(f"{path}: corrupt, {units:g} units of depth to the metre; download it again")
         frames = []
         for number in range(count):
             *pose, _, _, color_bytes, depth_bytes = _unpack(path, file, _FRAME, number, count)

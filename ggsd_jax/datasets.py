@@ -6,6 +6,8 @@ Nothing here needs JAX: scenes are read and cut into superpoints in worker proce
 import dataclasses
 import functools
 import multiprocessing
+import os
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +64,8 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
     if workers == 0:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # JAX's threads do not survive a fork
+    spawn = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
     try:
         ahead = deque()
         for item in items:
@@ -73,6 +76,16 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Lets a worker end where its parent is killed, instead of waiting for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------- the data sets
@@ -212,7 +225,7 @@ def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]
     root = Path(config.data.root) / "sequences"
 
     def scans(sequences: tuple[str, ...]) -> Readers:
-        paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("*.bin"))]
+        paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("[0-9]*.bin"))]
         found = {f"{path.parent.parent.name}_{path.stem}": functools.partial(_read_lidar_scan, path) for path in paths}
         absent = [s for s in sequences if s not in {path.parent.parent.name for path in paths}]
         return _some(found, absent, "SemanticKITTI", f"{root}/<sequence>/velodyne/*.bin")
@@ -264,7 +277,10 @@ def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
         "train": {name: read for name, read in readers.items() if name not in listed},
         "val": {name: read for name, read in readers.items() if name in listed},
     }
-    return {split: scenes for split, scenes in splits.items() if scenes}
+    splits = {split: scenes for split, scenes in splits.items() if scenes}
+    absent = LeftOut(f"it holds no {', '.join(folder.CLOUD_SUFFIXES)}")
+    splits[next(iter(splits))] |= dict.fromkeys(folder.without_cloud(config.data.root), absent)
+    return splits
 
 
 def _read_own(name: str, path: Path, scale: float | None, depth_units: float) -> RawScene:
@@ -294,7 +310,7 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
         )
 
     def scenes(split: str) -> Readers:
-        paths = sorted((root / split).glob("*.pth"))
+        paths = sorted((root / split).glob("[!.]*.pth"))
         found = {path.stem: functools.partial(_read_preprocessed, path, features) for path in paths}
         return _some(found, [], f"split '{split}'", f"{root}/{split}/*.pth")
 

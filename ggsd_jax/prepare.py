@@ -9,7 +9,9 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
+import hashlib
 import inspect
 import io
 import itertools
@@ -19,7 +21,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import ml_collections
 import numpy as np
@@ -52,6 +53,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
 
     It appears whole or not at all. The scenes a killed run had finished wait in `data_dir`/unfinished for the
     next run with the same settings. What went into each split is logged and kept in the dataset's metadata.
+    Where another process is building a dataset in `data_dir`, this one waits for it.
 
     Raises:
         ValueError: the dataset there was made with other settings, or its features cannot be compared with the
@@ -61,31 +63,59 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     """
     settings = _content_settings(config)
     _named(DATASETS, "data.name", config.data.name)
-    folder = _dataset_folder(data_dir)
-    if folder is not None:
-        _check_settings(folder, settings)
-        space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
-        if space not in (teachers.SIMULATED, teachers.NONE):
-            text.check_space(space, config.text.encoder)
+    if _is_there(config, settings, data_dir):
         return
     if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
         raise FileNotFoundError(
             f"data.root is {config.data.root!r}: there is no such folder. {instructions(config.data.name)}"
         )
-    for leftover in data_dir.glob(f"*/{_INCOMPLETE}*"):
-        shutil.rmtree(leftover)
     unfinished = data_dir / "unfinished" / f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
     builder = _Dataset(config, settings, data_dir, unfinished)
-    unfinished.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(data_dir):
+        if not _is_there(config, settings, data_dir):
+            _build(builder, config.data.root)
+
+
+def _is_there(config: ml_collections.ConfigDict, settings: dict, data_dir: Path) -> bool:
+    """Whether `data_dir` holds the dataset; raises ValueError where it holds one that does not fit the config."""
+    folder = _dataset_folder(data_dir)
+    if folder is None:
+        return False
+    _check_settings(folder, settings)
+    space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
+    if space not in (teachers.SIMULATED, teachers.NONE):
+        text.check_space(space, config.text.encoder)
+    return True
+
+
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """Waits until no other process builds in `data_dir`; a process that is killed lets go."""
+    with (data_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("waiting for another process that is preparing %s", data_dir)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logging.warning("%s has no locks (%s): let no other process prepare it meanwhile", data_dir, error)
+        yield
+
+
+def _build(builder: "_Dataset", root: str) -> None:
+    for leftover in builder.unfinished.parents[1].glob(f"*/{_INCOMPLETE}*"):
+        shutil.rmtree(leftover)
+    builder.unfinished.mkdir(parents=True, exist_ok=True)
     # TFDS talks of downloads and counts records; our bar counts scenes and knows how many there are
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        downloads = tfds.download.DownloadConfig(manual_dir=config.data.root or scratch, try_download_gcs=False)
+        downloads = tfds.download.DownloadConfig(manual_dir=root or scratch, try_download_gcs=False)
         builder.download_and_prepare(download_dir=scratch, download_config=downloads)
     for split, info in builder.info.splits.items():
         logging.info("prepared %s: %d records, %.1f MB", split, info.num_examples, info.num_bytes / 1e6)
     logging.info("%s", report_text(builder.info.metadata["report"]))
-    shutil.rmtree(unfinished.parent)
+    shutil.rmtree(builder.unfinished.parent)
 
 
 def load_split(data_dir: Path, split: str) -> "PreparedScenes":
@@ -312,7 +342,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
         self.name = config.data.name
         self.MANUAL_DOWNLOAD_INSTRUCTIONS = instructions(config.data.name)
-        self._run_config, self._settings, self._unfinished = config, settings, unfinished
+        self._run_config, self._settings, self.unfinished = config, settings, unfinished
         self._readers = _named(DATASETS, "data.name", config.data.name)(config)
         self._teacher = make_teacher(config)
         super().__init__(data_dir=data_dir, file_format="array_record")
@@ -353,7 +383,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
     def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
         """Each scene with superpoints, features and `frames_lost`, read back where a killed run had made it."""
         config = self._run_config
-        files = {name: self._unfinished / f"{split} {quote(name, safe='')}.npz" for name in readers}
+        files = {name: self.unfinished / f"{split} {_file_name(name)}.npz" for name in readers}
         missing = {name: readers[name] for name, file in files.items() if not file.exists()}
         cut = functools.partial(cut_superpoints, settings=config.superpoints.to_dict())
         raw_scenes = in_order(cut, missing.values(), config.data.prepare_workers)
@@ -403,6 +433,11 @@ class _Report(dict):
     def leave_out(self, name: str, reason: str) -> None:
         self["left_out"][name] = reason
         logging.warning("%s left out: %s", name, reason)
+
+
+def _file_name(scene: str) -> str:
+    """A short file name of a scene, whose own may hold anything."""
+    return hashlib.blake2b(scene.encode(), digest_size=16).hexdigest()
 
 
 def report_text(report: dict) -> str:

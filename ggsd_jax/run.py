@@ -77,8 +77,11 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     mine = json.loads(config.to_json_best_effort())
     begun = path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))
     if hosts.is_first() and not begun:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, mine)
+        except OSError as error:
+            raise type(error)(f"{workdir}: cannot be written to ({error}); give another --workdir") from error
     hosts.wait()
     changed = differences(json.loads(path.read_text()), mine)
     trained = (workdir / "model").exists()

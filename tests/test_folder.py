@@ -81,6 +81,8 @@ def test_the_same_cloud_is_read_from_every_kind_of_file(tmp_path, suffix):
         ("1 2 3\n1 2 3 4 5 6\n", "line 2 is '1 2 3 4 5 6', expected"),
         ("x y z\n", "line 1 is 'x y z': could not convert"),
         ("# nothing\n", "holds no points"),
+        ("1,5 2,5 0,25\n", "line 1 is '1,5 2,5 0,25'; write a decimal point, not a comma"),
+        ("1,5;2,5;0,25\n", "write a decimal point"),
         ("1 2 3 4 5 256\n", "colors of point 0 are .*expected 0..255"),
         ("1 2 nan\n", "points row 0 is"),
         ("451234.5678 5412345.678 210.5\n", "float32 moves points by up to .* subtract a local origin"),
@@ -197,6 +199,8 @@ def test_intrinsics_are_numbers_or_matrices_for_all_images_or_for_each(scene_fol
             "poses/a.txt: its left upper 3x3 part is no rotation",
         ),
         ("poses/a.txt", "nan " * 16, ValueError, "poses: none of the 2 poses is finite"),
+        ("images/a.png", "", ValueError, "images/a.png: truncated or no image"),
+        ("images/a.jpg", "", ValueError, "images: a.jpg and a.png would share a pose; rename one"),
     ],
 )
 def test_errors_teach_the_layout(scene_folder, file, content, error, message):
@@ -216,6 +220,11 @@ def test_scenes_are_folders_with_a_cloud_or_bare_clouds(tmp_path, scene_folder):
     WRITERS[".xyz"](tmp_path / "hall.xyz")
     (tmp_path / "notes").mkdir()
     assert folder.find_scenes(tmp_path) == {"hall": tmp_path / "hall.xyz", "kitchen": scene_folder / "scan.ply"}
+    for place in (tmp_path, scene_folder, scene_folder / "images"):  # macOS leaves such files
+        for name in ("._hall.xyz", "._a.png"):
+            (place / name).write_bytes(b"\0\5\x16\7")
+    assert folder.find_scenes(tmp_path) == {"hall": tmp_path / "hall.xyz", "kitchen": scene_folder / "scan.ply"}
+    assert len(views_of(scene_folder)) == 1
     (scene_folder / "more.xyz").write_text("")
     with pytest.raises(ValueError, match="kitchen: holds the clouds more.xyz, scan.ply, expected one"):
         folder.find_scenes(tmp_path)
@@ -236,6 +245,8 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     labelled = Scene("hall", room, labels=np.r_[LABELS, LABELS])
     labelled.save_npz(tmp_path / "hall.npz")
     dataclasses.replace(labelled, labels=None).save_npz(tmp_path / "attic.npz")
+    (tmp_path / "cellar").mkdir()
+    (tmp_path / "cellar/cloud.las").touch()
     (tmp_path / "val.txt").write_text("\ufeffhall\n\n", encoding="utf-8")
     config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
     config.teacher.name = "simulated"
@@ -249,7 +260,8 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     assert len(train.feature_index) > 500 and len(val.feature_index) > 500
     report = prepare.load_report(tmp_path / "out")
     left_out = report["train"]["left_out"]
-    assert list(left_out) == ["attic"] and "neither images nor labels" in left_out["attic"]
+    assert "neither images nor labels" in left_out["attic"]
+    assert "holds no .ply, .pcd, .npz, .xyz" in left_out["cellar"]
     assert (report["train"]["frames_lost"], report["val"]["frames_lost"]) == (1, 0)
     config.data.chunk_points = 10
     (tmp_path / "val.txt").write_text("cellar\n")

@@ -176,6 +176,7 @@ def test_cameras_inside_the_box_are_taken_else_the_nearest_if_any_may(tmp_path):
         (" 0 0 0 1\nscan", " 0 0 0\nscan", "line 7 is .*cannot reshape"),
         ("scan p1_d1_0.png p1_i1_0.jpg 1", "scan p1_d1_0.png p1_i1_0.jpg nan", "line 8 is .*not finite"),
         ("intrinsics_matrix", "#intrinsics", "line 5 is '#intrinsics"),
+        ("n_images 2", "n_images 3", "truncated, it has 2 of 3 images"),
     ],
 )
 def test_a_bad_line_of_the_camera_file_is_named(tmp_path, old, new, message):

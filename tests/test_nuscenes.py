@@ -165,6 +165,21 @@ def test_without_lidarseg_there_are_no_labels(release):
         (lambda r: r.tables["ego_pose"].pop(), ValueError, "ego_pose.json: no row .*named by sample_data.json"),
         (lambda r: r.tables["sample_data"].pop(), ValueError, "keyframe sample2 has no CAM_BACK_RIGHT"),
         (
+            lambda r: r.tables["ego_pose"][-1].update(rotation=[0, 0, 0, 0]),
+            ValueError,
+            "ego_pose.json: rotation of the row .* is zero",
+        ),
+        (
+            lambda r: r.tables["ego_pose"][-1].update(translation=[1, None, 2]),
+            ValueError,
+            r"ego_pose.json: translation of the row .* is \[1, None, 2\], expected finite numbers of the shape \[3\]",
+        ),
+        (
+            lambda r: r.tables["calibrated_sensor"][-1].update(camera_intrinsic=[]),
+            ValueError,
+            "calibrated_sensor.json: camera_intrinsic of the row",
+        ),
+        (
             lambda r: r.tables["category"][17].update(name="vehicle.cars"),
             ValueError,
             "category.json: category 'vehicle.cars' has the index 17, .*nearest there is 'vehicle.car' with 17",
@@ -205,6 +220,9 @@ def test_a_missing_or_damaged_file_of_a_keyframe_is_named(release):
         nuscenes.read_scene(keyframe)
     keyframe.labels.write_bytes(bytes(599) + b"\x20")
     with pytest.raises(ValueError, match="label row 599 is 32, expected lidarseg ids 0..31"):
+        nuscenes.read_scene(keyframe)
+    keyframe.labels.unlink()
+    with pytest.raises(FileNotFoundError, match="0_lidarseg.bin: missing; unpack nuScenes-lidarseg"):
         nuscenes.read_scene(keyframe)
     keyframe.sweeps[0].file.write_bytes(bytes(30))
     with pytest.raises(ValueError, match="1-2.pcd.bin: truncated, 30 bytes"):

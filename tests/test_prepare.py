@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import ml_collections
@@ -126,7 +127,7 @@ def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
 
 
 def test_nothing_but_the_dataset_is_left(prepared):
-    assert {f.name for f in prepared.iterdir()} == {"synthetic"}
+    assert {f.name for f in prepared.iterdir()} == {"synthetic", ".lock"}
     assert {f.name for f in (prepared / "synthetic").iterdir()} == {"2.0.0"}
 
 
@@ -200,7 +201,7 @@ def test_after_an_error_in_the_middle_the_next_run_goes_on(tmp_path, tiny_rooms,
     prepare.prepare(config, tmp_path)
     assert read == [2, 1_000_000]
     assert [scene.name for scene in load_split(tmp_path, "train")] == [f"room{i}" for i in (0, 0, 1, 1, 2, 2)]
-    assert {f.name for f in tmp_path.iterdir()} == {"synthetic"}
+    assert {f.name for f in tmp_path.iterdir()} == {"synthetic", ".lock"}
 
 
 def _prepare_until_killed(folder: Path):
@@ -226,7 +227,58 @@ def test_a_kill_loses_the_scene_it_hits_and_no_other(tmp_path, tiny_rooms, monke
     monkeypatch.setattr(datasets, "generate_room", lambda seed: read.append(seed) or readable(seed))
     prepare.prepare(make_config(**{"data.train_rooms": 3}), tmp_path)
     assert read == [2, 1_000_000] and len(load_split(tmp_path, "train")) == 6
-    assert {f.name for f in tmp_path.iterdir()} == {"synthetic"}
+    assert {f.name for f in tmp_path.iterdir()} == {"synthetic", ".lock"}
+
+
+def _prepare_counting(folder: Path):
+    glimpse = generate_room(0, scan_views=2, views=1, size=(40, 30))
+
+    def room(seed: int):
+        with (folder / "read.txt").open("a") as file:
+            file.write(f"{seed}\n")
+        time.sleep(1)
+        return glimpse
+
+    datasets.generate_room = room
+    prepare.prepare(make_config(), folder)
+
+
+def test_processes_that_prepare_one_folder_wait_for_each_other(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_prepare_counting, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "read.txt").read_text().split() == ["0", "1", "1000000"]
+    assert len(load_split(tmp_path, "train")) == 4
+
+
+def _sleep(pid_file: Path):
+    pid_file.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def _start_a_worker(pid_file: Path):
+    list(datasets.in_order(_sleep, [pid_file], 1))
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    pid_file = tmp_path / "pid"
+    process = multiprocessing.get_context("spawn").Process(target=_start_a_worker, args=(pid_file,))
+    process.start()
+    wait_until(lambda: pid_file.exists() and pid_file.read_text())
+    process.kill()
+    wait_until(lambda: not Path("/proc", pid_file.read_text(), "cmdline").exists())
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited a minute")
 
 
 def test_scenes_of_other_settings_are_not_gone_on_with(tmp_path, tiny_rooms, monkeypatch):
@@ -459,6 +511,15 @@ def test_listed_clouds_without_frames_are_seen_by_simulated_cameras(scannet_root
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert list(left_out) == ["scene0005_00"] and "not there" in left_out["scene0005_00"]
     assert f"left out, not there ({scannet_root}/scans/<scene>/ or" in caplog.text
+
+
+def test_a_scene_may_have_a_long_name_of_any_letters(scannet_root, tmp_path):
+    name = "ж" * 120
+    npz_scene(name, seed=0).save_npz(scannet_root / f"{name}.npz")
+    with (scannet_root / "scannetv2_train.txt").open("a", encoding="utf-8") as file:
+        file.write(f"\n{name}\n")
+    prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+    assert name in {scene.name for scene in load_split(tmp_path / "out", "train")}
 
 
 def test_a_long_list_of_scenes_left_out_is_told_in_one_line():

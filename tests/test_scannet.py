@@ -151,7 +151,7 @@ def test_a_stream_gives_the_views_of_its_exported_frames(folder):
 
 
 def test_a_stream_that_is_cut_off_or_of_another_kind_is_refused(folder):
-    content = pack_stream(folder, [0])
+    content, without_units = pack_stream(folder, [0]), pack_stream(folder, [0], units=0.0)
     shutil.rmtree(folder / "pose")
     path = folder / "scene0007_01.sens"
     path.write_bytes(content[:-500])
@@ -166,6 +166,9 @@ def test_a_stream_that_is_cut_off_or_of_another_kind_is_refused(folder):
     compression = 4 + 8 + 4 + 256
     path.write_bytes(content[:compression] + b"\0" + content[compression + 1 :])
     with pytest.raises(ValueError, match="color compression 0 and depth compression 1, expected 2"):
+        scannet.read_views(folder)
+    path.write_bytes(without_units)
+    with pytest.raises(ValueError, match="scene0007_01.sens: corrupt, 0 units of depth to the metre"):
         scannet.read_views(folder)
     path.write_bytes(content[:-40] + bytes(32) + content[-8:])
     with pytest.raises(ValueError, match="scene0007_01.sens: depth of frame 0 is corrupt"):

@@ -69,6 +69,15 @@ def test_what_does_not_fit_is_named(scan):
     calibration.write_text(CALIBRATION.replace("Tr: 0 -1", "Tr: -1"))
     with pytest.raises(ValueError, match="calib.txt: expected a line 'Tr:' with 12 numbers"):
         semantickitti.read_views(scan)
+    lines = CALIBRATION.splitlines()
+    zeros = [line if not line.startswith("P2") else "P2:" + " 0" * 12 for line in lines]
+    calibration.write_text("\n".join(zeros))
+    with pytest.raises(ValueError, match="calib.txt: expected a line 'P2:' with 12 numbers, a matrix .*[Ss]ingular"):
+        semantickitti.read_views(scan)
+    calibration.write_text(CALIBRATION)
+    (scan.parent.parent / "image_2/000007.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="000007.png: truncated or no image"):
+        semantickitti.read_views(scan)
     calibration.unlink()
     with pytest.raises(FileNotFoundError, match="calib.txt: missing"):
         semantickitti.read_views(scan)
