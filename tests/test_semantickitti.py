@@ -75,11 +75,11 @@ def test_what_does_not_fit_is_named(scan):
     with pytest.raises(ValueError, match="calib.txt: expected a line 'P2:' with 12 numbers, a matrix .*[Ss]ingular"):
         semantickitti.read_views(scan)
     calibration.write_text(CALIBRATION)
-    (scan.parent.parent / "image_2/000007.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="000007.png: truncated or no image"):
-        semantickitti.read_views(scan)
     calibration.unlink()
     with pytest.raises(FileNotFoundError, match="calib.txt: missing"):
+        semantickitti.read_views(scan)
+    (scan.parent.parent / "image_2/000007.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="000007.png: truncated or no image"):
         semantickitti.read_views(scan)
     (scan.parent.parent / "image_2/000007.png").unlink()
     with pytest.raises(FileNotFoundError, match="000007.png: missing; unpack the color images"):
