@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> list[str]:
     arguments = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arguments.add_argument("--config", default="")
     path = arguments.parse_known_args(argv[1:])[0].config
-    if path.endswith(".py") and not Path(path).is_file():
+    if path and not Path(path.split(":")[0]).is_file():
         known = sorted(str(known) for known in Path("configs").glob("*.py"))
         near = difflib.get_close_matches(path, known, n=1, cutoff=0)
         fix = f"the nearest there is {near[0]}" if near else "run from the clone, whose configs/ holds them"
