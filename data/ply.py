@@ -5,6 +5,7 @@ Format: Greg Turk, "The PLY Polygon File Format" (1994), and the sized type name
 
 import os
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ class _Element(NamedTuple):
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when the block ends well, and leaves no trace when it does not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not longer than a file's name may be
     try:
         with temporary.open("wb") as file:
             yield file

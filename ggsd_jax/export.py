@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +75,8 @@ def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS,
         info["text_encoder"] = encoder.name
     net = inference.network(model.variables, info["arch"])
     programs = {bucket: portable.serialize(net, model.variables, bucket) for bucket in buckets}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    staged = out.with_name(f".{uuid.uuid4().hex}.part")
+    staged.mkdir(parents=True)
     try:
         checkpoint.save_model(staged, model.variables, info)
         if encoder.suffix == ".npz":

@@ -124,6 +124,7 @@ def test_an_export_replaces_an_export_and_nothing_else(model_dir, tmp_path):
     with pytest.raises(FileExistsError, match="holds no model"):
         export.write(tmp_path / "precious", inference.load(model_dir), ())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part", "precious"]
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "precious").stat().st_mode
 
 
 def test_a_folder_to_write_need_not_be_named(model_dir, tmp_path, monkeypatch, capsys):

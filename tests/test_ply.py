@@ -269,6 +269,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_may_have_the_longest_name_the_file_system_takes(tmp_path):
+    path = tmp_path / ("x" * 251 + ".ply")
+    write_ply(path, np.eye(6, 3))
+    np.testing.assert_array_equal(read_ply(path).points, np.eye(6, 3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_comment_may_be_in_any_language(tmp_path):
     (tmp_path / "a.ply").write_text(
         "ply\nformat ascii 1.0\ncomment \u00c5ngstr\u00f6m \u0445\nelement vertex 1\nproperty int x\nend_header\n7\n",
