@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,26 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data not found at {SHARED}; set GGSD_SHARED to the folder that holds it")
     return SHARED
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch) -> Callable[..., tuple]:
+    """Features of a 2D network as on a CPU and as on a GPU, and the type of each matrix product of a GPU's program."""
+    import jax
+
+    def compare(load: Callable, features: Callable, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        with jax.default_device(jax.devices("cpu")[0]):
+            monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+            full = features(load())
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        teacher = load()
+        half = features(teacher)
+        compute = teacher.network
+        program = compute.func.trace(*compute.args, images).lower(lowering_platforms=("cuda",)).as_text()
+        products = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*: \(tensor<[0-9x]*x(\w+)>", program)
+        return full, half, products
+
+    return compare
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """LSeg: against transformers' DPT and OpenScene's way of showing it images."""
 
 import argparse
+from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -164,14 +164,15 @@ def test_features_are_those_of_the_reference_shown_as_openscene_does(tmp_path, h
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
-def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(checkpoint, monkeypatch):
+def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(checkpoint, on_an_accelerator):
     image = random_image(24, 32)
-    full = features(lseg.load(checkpoint), image)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    half = features(lseg.load(checkpoint), image)
+    full, half, products = on_an_accelerator(
+        lambda: lseg.load(checkpoint), lambda teacher: features(teacher, image), image[None]
+    )
     assert half.dtype == np.float32 and 1e-4 < np.abs(half - full).max()
     lengths = np.linalg.norm(half, axis=-1) * np.linalg.norm(full, axis=-1)
     assert ((half * full).sum(axis=-1) / lengths).min() > 0.99
+    assert Counter(products) == {"bf16": 75, "f32": 4}  # which resize the image and the position embeddings
 
 
 def test_a_mirrored_image_has_mirrored_features(checkpoint):

@@ -1,6 +1,7 @@
 """MaskCLIP: against transformers' CLIP with the last block opened up, and how images are shown to it."""
 
-import jax
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -40,12 +41,15 @@ def test_features_of_a_view_are_those_of_the_reference(clip_snapshot):
     assert np.abs(ours - theirs.numpy()).max() < 1e-5 * np.abs(theirs.numpy()).max()
 
 
-def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(clip_snapshot, monkeypatch):
+def test_on_an_accelerator_it_computes_in_bfloat16_and_stays_near(clip_snapshot, on_an_accelerator):
     folder, image = clip_snapshot(), np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    (full,) = features(maskclip.load(folder, short_side=32), view_of(image, (24, 16)))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    (half,) = features(maskclip.load(folder, short_side=32), view_of(image, (24, 16)))
+    full, half, products = on_an_accelerator(
+        lambda: maskclip.load(folder, short_side=32),
+        lambda teacher: features(teacher, view_of(image, (24, 16)))[0],
+        image[None],
+    )
     assert half.dtype == np.float32 and 1e-4 < np.abs(half - full).max() < 0.05
+    assert Counter(products) == {"bf16": 14, "f32": 2}  # which resize the position embeddings
 
 
 def test_images_keep_their_aspect_in_multiples_of_the_patch():
