@@ -38,11 +38,11 @@ class StepLog:
     def _begin(self) -> None:
         self._clock, self._waited, self._rows, self._pending = time.monotonic(), 0.0, 0, []
 
-    def add(self, stage: int, terms: dict, rows: int, waited: float) -> None:
+    def add(self, stage: str, terms: dict, rows: int, waited: float) -> None:
         """Takes note of a step, which may still be running.
 
         Args:
-            stage: what the step belongs to.
+            stage: what the step belongs to, for the progress bar.
             terms: arrays [R], equal on all replicas; "voxels" is their number in the whole batch.
             rows: what the whole batch has room for.
             waited: seconds that the batch made the step wait.
@@ -50,7 +50,7 @@ class StepLog:
         self._pending.append(terms)
         self._rows += rows
         self._waited += waited
-        self._bar.set_description(f"stage {stage}", refresh=False)
+        self._bar.set_description(stage, refresh=False)
         self._bar.update()
 
     def write(self, step: int, values: dict[str, int | float]) -> None:

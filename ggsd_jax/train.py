@@ -31,6 +31,7 @@ from ggsd_jax.self_distillation import pseudo_labels, update_teacher, vote
 AXIS = "data"  # replicas: one per local device
 MODES = ("ggsd", "supervised")
 SUPERVISED = 0  # the "stage" of training with labels
+_NAMES = ("training with labels", "stage 1", "stage 2")
 
 
 @flax.struct.dataclass
@@ -280,12 +281,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
         program = (stage, batch.bucket, batch.pyramid.spread)
         if program not in compiled:
             compiled.add(program)
-            logging.info("compiling the step of stage %d for up to %d voxels per device, spread %d", *program)
+            of = (_NAMES[stage], *program[1:])
+            logging.info("compiling the step of %s for up to %d voxels per device, spread %d", *of)
             steps[stage].lower(state, batch, class_text).compile()
             hosts.wait()  # gloo gives up on a process that is half a minute late for its first collective
         trace.before_step(state)
         state, terms = steps[stage](state, batch, class_text)
-        log.add(stage, terms, rows=replicas * batch.bucket, waited=waited)
+        log.add(_NAMES[stage], terms, rows=replicas * batch.bucket, waited=waited)
         jax.block_until_ready(previous)  # one step ahead of the devices: more would fill their memory with batches
         previous = terms
 

@@ -296,12 +296,14 @@ def kernel_map(
     Returns:
         The map, and `coords` itself for stride 1, parents in ascending (batch, x, y, z) order for stride 2.
     Raises:
-        ValueError: coords empty, repeated, out of range or off the grid; an unsupported kernel.
+        ValueError: coords empty, repeated, out of range or off the grid; an unsupported kernel or tensor stride.
     """
     if (kernel_size, stride) not in ((3, 1), (5, 1), (2, 2)):
         raise ValueError(
             f"kernel_size {kernel_size} with stride {stride}: expected size 3 or 5 with stride 1, or 2 with stride 2"
         )
+    if tensor_stride < 1:
+        raise ValueError(f"tensor_stride is {tensor_stride}: expected at least 1")
     level = _sorted_level(coords, tensor_stride)
     if stride == 1:
         pairs, out_coords = _neighbours(level, kernel_size), coords

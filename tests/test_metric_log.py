@@ -31,7 +31,7 @@ def test_a_line_has_the_means_since_the_one_before_and_what_the_steps_cost(tmp_p
     log = StepLog(tmp_path, 0, 4)
     for losses in ((1.0, 3.0), (5.0, 5.0)):
         for loss in losses:
-            log.add(1, step_terms(loss), rows=400, waited=1e-9)
+            log.add("stage 1", step_terms(loss), rows=400, waited=1e-9)
         log.write(2 if losses[0] == 1 else 4, {"stage": 1})
     log.close()
     first, second = lines_of(tmp_path)
@@ -43,7 +43,7 @@ def test_a_line_has_the_means_since_the_one_before_and_what_the_steps_cost(tmp_p
 def test_a_term_that_is_no_number_is_named_with_its_step_and_not_logged(tmp_path):
     log = StepLog(tmp_path, 10, 20)
     for loss in (1.0, float("nan"), 1.0):
-        log.add(1, step_terms(loss), rows=400, waited=0.0)
+        log.add("stage 1", step_terms(loss), rows=400, waited=0.0)
     with pytest.raises(NonFiniteError, match="step 12: loss is nan"):
         log.write(13, {"stage": 1})
     assert not lines_of(tmp_path)

@@ -195,6 +195,8 @@ def test_other_bad_input_says_what_was_expected():
     one = np.array([[0, 2, 3, 2]], np.int32)
     with pytest.raises(ValueError, match="row 0 .*multiples of tensor_stride 2"):
         kernel_map(one, kernel_size=3, tensor_stride=2)
+    with pytest.raises(ValueError, match="tensor_stride is 0: expected at least 1"):
+        kernel_map(one, kernel_size=3, tensor_stride=0)
     with pytest.raises(ValueError, match="kernel_size 4 with stride 1: expected"):
         kernel_map(one, kernel_size=4)
     with pytest.raises(ValueError, match="empty cloud"):
