@@ -17,6 +17,7 @@ Several machines, or several processes on one, work as one run: under SLURM by t
 import argparse
 import difflib
 import logging as std_logging
+import traceback
 from pathlib import Path
 
 import jax
@@ -57,6 +58,10 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
+        if "'get_config'" in str(error):
+            raise SystemExit(f"ValueError: {path}: it has no function get_config()") from error
+        if any(frame.filename == path for frame in traceback.extract_tb(error.__traceback__)):
+            raise  # a mistake in the file itself: its line helps more than a sentence
         raise SystemExit(f"ValueError: {run.field_error(error)}") from error
 
 

@@ -133,6 +133,20 @@ def test_a_mistyped_configuration_or_field_is_answered_in_one_line(tmp_path, arg
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize(
+    "content, answer",
+    [
+        ("seed = 0\n", "config.py: it has no function get_config()"),
+        ("def get_config():\n    return dict().seed\n", 'config.py", line 2'),
+    ],
+)
+def test_a_mistake_in_a_configuration_file_is_told_with_its_place(tmp_path, content, answer):
+    (tmp_path / "config.py").write_text(content)
+    arguments = [sys.executable, "-m", "ggsd_jax.main", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}"]
+    process = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and answer in process.stderr
+
+
 def test_the_model_labels_a_cloud_it_has_never_seen(finished):
     room = generate_room(987_654).scene
     model = inference.load(finished)
