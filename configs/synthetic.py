@@ -85,7 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.openscene_lr_quirk = False
 
     config.supervised = ml_collections.ConfigDict()  # SGD of OpenScene's mink.yaml
-    config.supervised.learning_rate = 0.01
+    config.supervised.learning_rate = 0.2  # its 0.01 is for many times as many steps: 53.5 mIoU here, this 84.1
     config.supervised.momentum = 0.9
     config.supervised.weight_decay = 1e-4
 

@@ -23,24 +23,22 @@ from ggsd_jax import run
 ROOT = Path(__file__).parent
 MEAN = ("mIoU", "mAcc")
 
-SHORT = {  # of the synthetic rooms and of the sample scans: minutes, to see that a table runs
+SHORT = scannet_sample.OVERRIDES | {  # minutes, to see that a table runs on real scans
     "stage1_epochs": 7,
     "stage2_epochs": 3,
     "log_every": 5,
     "eval.pictures": 0,
     "eval.repeats": 2,
-    "model.arch": "MinkUNet14A",
     "model.width": 0.125,
 }
-SHORT_ROOMS = SHORT | {"data.train_rooms": 8, "data.val_rooms": 2, "data.voxel_size": 0.15}
-SHORT_SCANS = SHORT | scannet_sample.OVERRIDES | {"stage1_epochs": 7, "stage2_epochs": 3, "model.width": 0.125}
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
     """The command line that all tables have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="one of configs/*.py; without it, a short run on synthetic rooms")
-    parser.add_argument("--samples", type=Path, help="a short run on the scans experiments/scannet_sample.py describes")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="one of configs/*.py; without it, the rooms of synthetic.py")
+    source.add_argument("--samples", type=Path, help="a short run on the scans experiments/scannet_sample.py describes")
     parser.add_argument("--workdir", type=Path, default=Path("out") / name, help="where the runs go (%(default)s)")
     parser.add_argument("fields", nargs="*", metavar="field=value", help="fields of the config, as data.root=/data/x")
     return parser
@@ -64,9 +62,8 @@ def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[
     name = given.config.stem if given.config else "scannet" if given.samples else "synthetic"
     config = load_config(name if given.config is None else given.config)
     workdir = given.workdir / name
-    if given.config is None:
-        config.update_from_flattened_dict(SHORT_SCANS if given.samples else SHORT_ROOMS)
     if given.samples:
+        config.update_from_flattened_dict(SHORT)
         root = workdir / f"root_{label_set}"
         scannet_sample.collect(given.samples, root, scannet.LABEL_TABLES[label_set])
         config.update_from_flattened_dict({"data.root": str(root.resolve()), "data.label_set": label_set})

@@ -1,6 +1,6 @@
 """Table 1 of the paper: against training with labels, on ScanNet's 20 classes or nuScenes' 16.
 
-  python -m experiments.table1                       # minutes, on synthetic rooms
+  python -m experiments.table1                       # ten minutes, on synthetic rooms
   python -m experiments.table1 --samples=DIR         # minutes, on seven ScanNet scans
   python -m experiments.table1 --config=configs/scannet.py data.root=/data/scannet text.encoder=/data/clip \\
       teacher.name=lseg teacher.weights=/data/demo_e200.ckpt
@@ -49,7 +49,7 @@ def main() -> None:
         columns=published.MEAN,
         measured=measured,
         quoted={f"{row}, {('ScanNet', 'nuScenes')[outdoors]}": values[outdoors] for row, values in QUOTED.items()},
-        short=given.config is None,
+        short=given.samples is not None,
     )
 
 

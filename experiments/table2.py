@@ -1,6 +1,6 @@
 """Table 2 of the paper: words beyond the training classes, NYU-40 without its three "other..." classes.
 
-  python -m experiments.table2                       # minutes, on synthetic rooms (their 15 classes in three groups)
+  python -m experiments.table2                       # five minutes, on synthetic rooms (15 classes in three groups)
   python -m experiments.table2 --samples=DIR         # minutes, on seven ScanNet scans
   python -m experiments.table2 --config=configs/scannet.py data.root=/data/scannet text.encoder=/data/clip \\
       teacher.name=lseg teacher.weights=/data/demo_e200.ckpt
@@ -61,7 +61,7 @@ def main() -> None:
         columns=[f"{group} {mean}" for group in GROUPS for mean in published.MEAN],
         measured=measured,
         quoted=QUOTED,
-        short=given.config is None,
+        short=given.samples is not None,
     )
 
 

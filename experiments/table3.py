@@ -76,7 +76,7 @@ def main() -> None:
         columns=columns,
         measured=measured,
         quoted=quoted,
-        short=given.config is None,
+        short=given.samples is not None,
     )
 
 

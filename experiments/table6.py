@@ -1,6 +1,6 @@
 """Table 6 of the paper: superpoints against 2D features averaged within the masks of Segment Anything.
 
-  python -m experiments.table6                       # minutes, on synthetic rooms with simulated masks
+  python -m experiments.table6                       # ten minutes, on synthetic rooms with simulated masks
   python -m experiments.table6 --config=configs/scannet.py --masks=/data/sam data.root=/data/scannet \\
       text.encoder=/data/clip teacher.name=lseg teacher.weights=/data/demo_e200.ckpt
 
@@ -73,7 +73,7 @@ def main() -> None:
         columns=published.MEAN,
         measured={label: published.percent(results["rows"]["stage2"]) for label, results in runs.items()},
         quoted=QUOTED,
-        short=given.config is None,
+        short=given.samples is not None,
     )
 
 
