@@ -7,15 +7,16 @@ that a number can take, in whatever directions the features point. Nothing is le
 being few or alike.
 """
 
-import zlib
 from typing import NamedTuple
 
 import numpy as np
+import zstandard
 from jaxtyping import Float16, Int8, UInt8
 
 STEP = 0.29  # of the root mean square of a row: an error of 0.29 / sqrt(12) = 0.084 of it
 _LARGEST = 127  # int8
 _FLOAT16_MAX = 65504
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)  # matches are left to rows that repeat
 
 
 class FeatureCodes(NamedTuple):
@@ -57,11 +58,11 @@ def dequantize(coded: FeatureCodes) -> Float16[np.ndarray, "M C"]:
 
 
 def compress(codes: Int8[np.ndarray, "M C"]) -> UInt8[np.ndarray, " B"]:
-    """The codes as a zlib stream; matches are not looked for, there are none."""
-    stream = zlib.compressobj(memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
+    """The codes as a zstd frame, whose Huffman codes are read ten times as fast as those of zlib."""
+    frame = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(np.ascontiguousarray(codes))
+    return np.frombuffer(frame, np.uint8)
 
 
-def decompress(stream: UInt8[np.ndarray, " B"], channels: int) -> Int8[np.ndarray, "M C"]:
-    """The codes [M, channels] of a stream."""
-    return np.frombuffer(zlib.decompress(stream), np.int8).reshape(-1, channels)
+def decompress(frame: UInt8[np.ndarray, " B"], channels: int) -> Int8[np.ndarray, "M C"]:
+    """The codes [M, channels] of a frame."""
+    return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.int8).reshape(-1, channels)

@@ -337,7 +337,7 @@ def chunk_of_features(record: dict, chunk: int, chunk_points: int) -> dict:
 class _Dataset(tfds.core.GeneratorBasedBuilder):
     """Makes the records; scenes that are done wait in `unfinished` until all are, for a killed run to go on."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
 
     def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
         self.name = config.data.name

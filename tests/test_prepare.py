@@ -128,7 +128,7 @@ def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
 
 def test_nothing_but_the_dataset_is_left(prepared):
     assert {f.name for f in prepared.iterdir()} == {"synthetic", ".lock"}
-    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"2.0.0"}
+    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"3.0.0"}
 
 
 @settings(max_examples=20, deadline=None)
