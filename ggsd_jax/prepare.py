@@ -450,7 +450,7 @@ def report_text(report: dict) -> str:
             f"with a 2D feature {share:.1f} %"
         )
         if of["frames_lost"]:
-            lines.append(f"  left out, {of['frames_lost']} frames without a finite pose")
+            lines.append(f"  left out, frames without a finite pose: {of['frames_lost']}")
         for reason in dict.fromkeys(of["left_out"].values()):
             names = [name for name, why in of["left_out"].items() if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

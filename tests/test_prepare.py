@@ -482,7 +482,7 @@ def test_a_long_list_of_scenes_left_out_is_told_in_one_line():
     report = {"train": dict(scenes=0, points=0, points_with_feature=0, labels={}, left_out=reasons, frames_lost=2)}
     lines = prepare.report_text(report).splitlines()
     assert lines[1:] == [
-        "  left out, 2 frames without a finite pose",
+        "  left out, frames without a finite pose: 2",
         "  left out, not there: scene0, scene1, scene2 and 2 more",
         "  left out, no view sees any of its points: attic",
     ]
