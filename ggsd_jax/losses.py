@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.precision import matmul_precision
 from kernels.segment import segment_mean
 
 MIN_NORM = 1e-8  # as torch.nn.functional.cosine_similarity
@@ -75,7 +76,8 @@ def self_distillation_loss(
     """
     labelled = valid & (labels >= 0)
     student = jnp.where(labelled[:, None], student, 0)
-    log_p = jax.nn.log_softmax(normalize(student) @ normalize(text).T / temperature, axis=-1)
+    cosine = jnp.matmul(normalize(student), normalize(text).T, precision=matmul_precision())
+    log_p = jax.nn.log_softmax(cosine / temperature, axis=-1)
     picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
     return _masked_sum(-picked, labelled)
 

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from kernels.precision import matmul_precision
 from kernels.sparse_conv import sparse_conv
 from kernels.voxel_grid import KernelMap, Pyramid, build_pyramid
 
@@ -93,7 +94,8 @@ class SparseConv(nn.Module):
 
 def _pointwise(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
     """Kernel size 1 is a matrix product; kernel [Cin, Cout]."""
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=_POINTWISE_INIT, name=name)
+    init, precision = _POINTWISE_INIT, matmul_precision()
+    return nn.Dense(features, use_bias=False, dtype=dtype, precision=precision, kernel_init=init, name=name)
 
 
 class MaskedBatchNorm(nn.Module):

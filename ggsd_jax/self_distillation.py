@@ -5,12 +5,13 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ggsd_jax.losses import normalize
+from kernels.precision import matmul_precision
 from kernels.segment import segment_mode
 
 
 def pseudo_labels(features: Float[Array, "V C"], text: Float[Array, "L C"]) -> Int[Array, "V"]:
     """Index of the class text with the largest cosine similarity to each feature (Eq. 5)."""
-    scores = normalize(features.astype(jnp.float32)) @ normalize(text).T
+    scores = jnp.matmul(normalize(features.astype(jnp.float32)), normalize(text).T, precision=matmul_precision())
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
 
 

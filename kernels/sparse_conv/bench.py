@@ -9,6 +9,7 @@ measured on the spot by a dense product and by a copy. The voxels lie on surface
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxtyping import Int32
 from tqdm import tqdm
 
 from kernels import voxel_grid
+from kernels.precision import matmul_precision
 from kernels.sparse_conv import pallas_triton, tuning
 from kernels.sparse_conv.api import sparse_conv
 from kernels.sparse_conv.shapes import Problem
@@ -68,7 +70,7 @@ def measure_peaks(dtype: str) -> Peaks:
     on_cpu = jax.default_backend() == "cpu"
     side, rows = (2048, 1 << 26) if on_cpu else (8192, 1 << 30)
     square = jnp.ones((side, side), dtype)
-    product = timed(jax.jit(jnp.matmul), square, square)
+    product = timed(jax.jit(functools.partial(jnp.matmul, precision=matmul_precision())), square, square)
     vector = jnp.ones(rows // square.itemsize, dtype)
     copy = timed(jax.jit(lambda x: x + 1), vector)
     return Peaks(2 * side**3 / product, 2 * rows / copy)

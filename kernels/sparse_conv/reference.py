@@ -11,6 +11,7 @@ def sparse_conv(features, weights, kernel_map, transposed):
         source, target, num_out = target, source, kernel_map.num_in
     x = jnp.pad(features, ((0, 1), (0, 0)))[source]  # a padding pair reads the zero row
     w = weights[kernel_map.offset_index]
-    y = jnp.einsum("tpi,tio->tpo", x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.einsum("tpi,tio->tpo", x, w, precision="highest", preferred_element_type=wide)
     out = jax.ops.segment_sum(y.reshape(-1, y.shape[-1]), jnp.ravel(target), num_out + 1)
     return out[:-1].astype(features.dtype)  # padding pairs add to the row past the end

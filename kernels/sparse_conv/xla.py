@@ -8,6 +8,7 @@ the sides of the map exchanged and the weights transposed; the gradient in the w
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.precision import matmul_precision
 from kernels.sparse_conv.gradients import differentiable, oriented
 
 IN_BOUNDS = "promise_in_bounds"  # kernel maps point at rows 0..n, and every array read or written here has a row n
@@ -23,32 +24,34 @@ def _accumulator_dtype(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def _dot(x, y):
+    return jnp.dot(x, y, precision=matmul_precision(), preferred_element_type=_accumulator_dtype(x))
+
+
 def _gather_multiply_scatter(num_out, features, weights, pairs):
     source, target, offset, num_tiles = pairs
     # Rows that fill vector registers: on a CPU, 3 channels cost up to 3 times what 4 do.
     extra = -features.shape[1] % 4 if features.shape[1] > 1 else 0
     x = jnp.pad(features, ((0, 1), (0, extra)))
     w = jnp.pad(weights, ((0, 0), (0, extra), (0, 0)))
-    dtype = _accumulator_dtype(features)
 
     def body(t, out):
-        y = jnp.dot(x.at[source[t]].get(mode=IN_BOUNDS), w[offset[t]], preferred_element_type=dtype)
+        y = _dot(x.at[source[t]].get(mode=IN_BOUNDS), w[offset[t]])
         return out.at[target[t]].add(y, mode=IN_BOUNDS)
 
-    out = lax.fori_loop(0, num_tiles, body, jnp.zeros((num_out + 1, weights.shape[2]), dtype))
+    out = lax.fori_loop(0, num_tiles, body, jnp.zeros((num_out + 1, weights.shape[2]), _accumulator_dtype(features)))
     return out[:-1].astype(features.dtype)
 
 
 def _weight_gradient(features, grad_out, pairs, kernel_volume):
     source, target, offset, num_tiles = pairs
     x, dy = (jnp.pad(rows, ((0, 1), (0, 0))) for rows in (features, grad_out))
-    dtype = _accumulator_dtype(features)
 
     def body(t, grad):
         x_t, dy_t = x.at[source[t]].get(mode=IN_BOUNDS), dy.at[target[t]].get(mode=IN_BOUNDS)
-        return grad.at[offset[t]].add(jnp.dot(x_t.T, dy_t, preferred_element_type=dtype))
+        return grad.at[offset[t]].add(_dot(x_t.T, dy_t))
 
-    grad = jnp.zeros((kernel_volume, features.shape[1], grad_out.shape[1]), dtype)
+    grad = jnp.zeros((kernel_volume, features.shape[1], grad_out.shape[1]), _accumulator_dtype(features))
     return lax.fori_loop(0, num_tiles, body, grad).astype(features.dtype)
 
 
