@@ -1,6 +1,5 @@
 """The Pallas kernels: their numbers in interpret mode, their compilation for GPUs without one, and both on a GPU."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_ir
 from absl import logging
 from flax.traverse_util import flatten_dict
 from test_minkunet import golden_variables
@@ -287,6 +287,17 @@ def test_asking_for_float64_says_which_dtypes_there_are():
         sparse_conv(jnp.asarray(x), jnp.asarray(w), m, implementation="pallas_triton")
 
 
+def test_arrays_beyond_the_reach_of_32_bits_are_refused():
+    spec = jax.ShapeDtypeStruct
+    rows = 2**31 // 256
+    m, *_ = problem_data(AWKWARD["one voxel"])
+    m = dataclasses.replace(m, num_in=rows, num_out=rows)
+    conv = functools.partial(sparse_conv, kernel_map=m, implementation="pallas_triton")
+    features, weights = spec((rows, 3), jnp.bfloat16), spec((27, 3, 256), jnp.bfloat16)
+    with targeting("sm_80"), pytest.raises(ValueError, match=r"\[8388608, 256\].* fewer voxels"):
+        jax.eval_shape(conv, features, weights)
+
+
 # ------------------------------------------------------------------------------- compilation without a GPU
 
 
@@ -300,19 +311,8 @@ def network_kernels() -> list[tuple[int, int, int]]:
     return sorted({p.shape for name, p in flatten_dict(params).items() if name[-1] == "kernel" and len(p.shape) == 3})
 
 
-@contextlib.contextmanager
-def cuda(arch: str):
-    """Lowering for a GPU that is not there; jax takes the device from an abstract mesh from 0.11 on."""
-    kind, processors = {"sm_80": ("NVIDIA A100", 108), "sm_90": ("NVIDIA H100", 132)}[arch]
-    device = jax.sharding.AbstractDevice(kind, processors, "gpu")
-    explicit = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), explicit, abstract_device=device)
-    with targeting(arch), jax.sharding.use_abstract_mesh(mesh):
-        yield
-
-
-def lowered_kernels(volume, channels_in, channels_out, dtype, arch) -> list:
-    """Custom calls that forward and both gradients of a convolution lower to."""
+def kernels_of(volume, channels_in, channels_out, dtype, arch) -> list[triton_ir.Kernel]:
+    """What forward and both gradients of a convolution launch."""
     rows, (tiles, tile) = 100_000, (1700, 1024)
     spec = jax.ShapeDtypeStruct
     num_out = rows if volume % 2 else rows // 4
@@ -325,38 +325,21 @@ def lowered_kernels(volume, channels_in, channels_out, dtype, arch) -> list:
         return out, *pull_back(grad_out)
 
     x, w = spec((rows, channels_in), dtype), spec((volume, channels_in, channels_out), dtype)
-    with cuda(arch):
-        traced = jax.jit(compute).trace(x, w, spec((num_out, channels_out), dtype), m)
-        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    calls = []
-
-    def visit(operation):
-        for block in (block for region in operation.regions for block in region):
-            for child in block:
-                target = child.attributes["call_target_name"] if "call_target_name" in child.attributes else None
-                if "triton" in str(target):
-                    calls.append(child.attributes["mhlo.backend_config"])
-                visit(child.operation)
-
-    visit(module.operation)
-    return calls
+    return triton_ir.lowered_kernels(compute, x, w, spec((num_out, channels_out), dtype), m, arch=arch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype):
     for shape in network_kernels():
-        calls = lowered_kernels(*shape, dtype, "sm_80")
-        assert len(calls) == 3, shape
-        assert not any(b"atomic" in call["ir"].value_bytes for call in calls), shape
+        kernels = kernels_of(*shape, dtype, "sm_80")
+        assert len(kernels) == 3, shape
+        assert not any(b"atomic" in kernel.code for kernel in kernels), shape
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", reason="the triton wheel compiles kernels without a GPU")
-    from jax._src.interpreters.mlir import make_ir_context
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.triton import dialect
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -369,17 +352,14 @@ def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, mo
     compiled = set()  # with as many channels in as out, the gradient in the features is the forward pass
     for shape in network_kernels():
         with jax.default_matmul_precision(precision if tf32 else None):
-            calls = lowered_kernels(*shape, dtype, arch)
-        for call in calls:
-            context = make_ir_context()
-            dialect.register_dialect(context)
-            with context:
-                text = ir.Module.parse(call["ir"].value_bytes).operation.get_asm(enable_debug_info=False)
+            kernels = kernels_of(*shape, dtype, arch)
+        for launched in kernels:
+            text = launched.text()
             if text in compiled:
                 continue
             compiled.add(text)
             ir_file.write_text(text)
-            options = dict(num_warps=call["num_warps"].value, num_stages=call["num_stages"].value)
+            options = dict(num_warps=launched.warps, num_stages=launched.stages)
             kernel = triton.compile(str(ir_file), target=GPUTarget("cuda", capability, 32), options=options)
             ptx_file.write_text(kernel.asm["ptx"])
             target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
@@ -388,7 +368,7 @@ def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, mo
             registers = int(re.search(r"Used (\d+) registers", report)[1])
             spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
             shared = kernel.metadata.shared
-            name = call["name"].value
+            name = launched.name
             print(f"{arch} {precision} {shape} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
             assert spilled == 0, (shape, name)
             assert shared <= 99 * 1024, (shape, name)  # what a block may have on sm_86, sm_89 and sm_120, the least

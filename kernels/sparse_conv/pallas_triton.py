@@ -28,6 +28,7 @@ from kernels.sparse_conv.tuning import Blocks
 _DTYPES = ("float32", "bfloat16", "float16")
 _MASK_BITS = 31  # of a sort key; larger kernels share bits
 _CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
+_MOST_ELEMENTS = 2**31 - 1  # of an array: the kernels' indices are int32
 _WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
 
 
@@ -154,9 +155,16 @@ def _gather(ref, rows, first, width: int):
     return plgpu.load(ref.at[rows[:, None], columns[None, :]], mask=(rows < ref.shape[0])[:, None], other=0.0)
 
 
-def _call(kernel, grid, out, blocks: Blocks, plan: _Plan, name: str):
+def _call(kernel, grid, out, blocks: Blocks, plan: _Plan, name: str, *arguments):
+    for array in (*arguments, out):
+        if array.size > _MOST_ELEMENTS:
+            raise ValueError(
+                f"{name} would need an array of shape {list(array.shape)}, and the Triton kernels count elements in 32 "
+                "bits: convolve fewer voxels at once, or use implementation='xla'"
+            )
     params = plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-    return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name)
+    call = pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name)
+    return call(*arguments)
 
 
 def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Plan):
@@ -192,8 +200,8 @@ def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Pla
     x = _pad_channels(features, padded_in)
     w = _pad_channels(weights, padded_in, groups * width)
     out = jax.ShapeDtypeStruct((num_out, groups * width), features.dtype)
-    call = _call(kernel, (tiles.order.size // blocks.rows, groups), out, blocks, plan, "sparse_conv")
-    return call(*tiles, x, w)[:, :channels_out]
+    grid = tiles.order.size // blocks.rows, groups
+    return _call(kernel, grid, out, blocks, plan, "sparse_conv", *tiles, x, w)[:, :channels_out]
 
 
 def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, plan: _Plan):
@@ -232,8 +240,10 @@ def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, pla
 
     x, dy = _pad_channels(features, groups_in * width_in), _pad_channels(grad_out, groups_out * width_out)
     out = jax.ShapeDtypeStruct((volume * splits, x.shape[1], dy.shape[1]), jnp.float32)
-    call = _call(kernel, (volume * splits, groups_in, groups_out), out, blocks, plan, "sparse_conv_weight_gradient")
-    parts = call(first_tile, tiles_of_offset, source.reshape(-1, chunk), target.reshape(-1, chunk), x, dy)
+    pairs = source.reshape(-1, chunk), target.reshape(-1, chunk)
+    arguments = first_tile, tiles_of_offset, *pairs, x, dy
+    grid = volume * splits, groups_in, groups_out
+    parts = _call(kernel, grid, out, blocks, plan, "sparse_conv_weight_gradient", *arguments)
     grad = parts.reshape(volume, splits, *out.shape[1:]).sum(1)
     return grad[:, : channels[0], : channels[1]].astype(features.dtype)
 
