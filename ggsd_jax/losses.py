@@ -25,9 +25,34 @@ def normalize(rows: Float[Array, "*N C"]) -> Float[Array, "*N C"]:
     return rows * jax.lax.rsqrt(jnp.maximum(squared, MIN_NORM**2))
 
 
+@jax.custom_vjp
 def cosine_similarity(a: Float[Array, "N C"], b: Float[Array, "N C"]) -> Float[Array, " N"]:
-    """Row-wise cosine, norms clamped at 1e-8; 0 where a row is zero."""
-    return jnp.sum(normalize(a) * normalize(b), axis=-1)
+    """Row-wise cosine, norms clamped at 1e-8; 0 where a row is zero.
+
+    Its gradient is written down: autodiff would store the unit rows, and read and write them several times.
+    """
+    return _cosine_forward(a, b)[0]
+
+
+def _cosine_forward(a, b):
+    wide_a, wide_b = _full_precision(a), _full_precision(b)
+    norm_a, norm_b = (jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), MIN_NORM**2)) for x in (wide_a, wide_b))
+    cosine = jnp.sum(wide_a * wide_b, axis=-1) / (norm_a * norm_b)
+    return cosine, (a, b, norm_a, norm_b, cosine)
+
+
+def _cosine_backward(residuals, grad):
+    a, b, norm_a, norm_b, cosine = residuals
+    towards = grad / (norm_a * norm_b)
+
+    def gradient(x, other, norm):
+        along = jnp.where(norm > MIN_NORM, grad * cosine / jnp.square(norm), 0)  # what a clamped norm does not take
+        return (towards[:, None] * _full_precision(other) - along[:, None] * _full_precision(x)).astype(x.dtype)
+
+    return gradient(a, b, norm_a), gradient(b, a, norm_b)
+
+
+cosine_similarity.defvjp(_cosine_forward, _cosine_backward)
 
 
 def point_distillation_loss(
@@ -75,8 +100,10 @@ def self_distillation_loss(
     saturate the softmax. Rows with label -1 and invalid rows are left out.
     """
     labelled = valid & (labels >= 0)
-    student = jnp.where(labelled[:, None], student, 0)
-    cosine = jnp.matmul(normalize(student), normalize(text).T, precision=matmul_precision())
+    student = _full_precision(jnp.where(labelled[:, None], student, 0))
+    products = jnp.matmul(student, normalize(text).T, precision=matmul_precision())
+    squared = jnp.sum(student * student, axis=-1, keepdims=True)
+    cosine = products * jax.lax.rsqrt(jnp.maximum(squared, MIN_NORM**2))
     log_p = jax.nn.log_softmax(cosine / temperature, axis=-1)
     picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
     return _masked_sum(-picked, labelled)

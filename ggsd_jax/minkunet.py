@@ -50,6 +50,9 @@ _POINTWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # s
 _TRANSPOSED_INIT = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # +-1 / sqrt(K Cout)
 
 
+_PIVOT_ROWS = 128  # of a batch, about whose mean batch norm takes its sums
+
+
 class Architecture(NamedTuple):
     """What distinguishes the networks of the family."""
 
@@ -102,7 +105,7 @@ class MaskedBatchNorm(nn.Module):
     """Batch norm over the valid rows, of all replicas if `axis_name` is given; padding rows come out zero.
 
     Statistics are those of one batch made of every replica's valid rows: counts and sums are reduced, not
-    averages, and squares are summed about the common mean, in at least float32. As in torch, rows are
+    averages, and squares are those about the common mean, in at least float32. As in torch, rows are
     normalised with the biased variance and the running variance takes the unbiased one (0 for a single row,
     which torch refuses).
     """
@@ -149,10 +152,17 @@ def _normalize(axis_name, epsilon, x, keep, scale, bias):
 
 def _normalize_forward(axis_name, epsilon, x, keep, scale, bias):
     wide = _at_least_float32(x)
-    count, total = _reduce(axis_name, (jnp.sum(keep, dtype=wide.dtype), jnp.sum(jnp.where(keep, wide, 0), 0)))
+    # Sums about the mean of some rows: one pass over x gives both, and nothing cancels as it would about zero.
+    some = slice(None, None, max(1, len(x) // _PIVOT_ROWS))
+    pivot = jnp.sum(jnp.where(keep[some], wide[some], 0), 0) / jnp.maximum(jnp.sum(keep[some], dtype=wide.dtype), 1)
+    about_pivot = jnp.where(keep, wide - pivot, 0)
+    own_count, own_sum = jnp.sum(keep, dtype=wide.dtype), jnp.sum(about_pivot, 0)
+    own_squares = jnp.sum(jnp.square(about_pivot), 0)
+    count, total = _reduce(axis_name, (own_count, own_sum + own_count * pivot))
     count = jnp.maximum(count, 1)
     mean = total / count
-    squares = _reduce(axis_name, jnp.sum(jnp.where(keep, jnp.square(wide - mean), 0), 0))
+    off = mean - pivot  # squares about the common mean, from those about the pivot
+    squares = _reduce(axis_name, own_squares - off * (2 * own_sum - own_count * off))
     inverse_std = jax.lax.rsqrt(squares / count + epsilon)
     y = (wide - mean) * (inverse_std * scale) + bias
     return (y, mean, squares, count), (x, keep, scale, mean, inverse_std, count)

@@ -10,8 +10,11 @@ from kernels.segment import segment_mode
 
 
 def pseudo_labels(features: Float[Array, "V C"], text: Float[Array, "L C"]) -> Int[Array, "V"]:
-    """Index of the class text with the largest cosine similarity to each feature (Eq. 5)."""
-    scores = jnp.matmul(normalize(features.astype(jnp.float32)), normalize(text).T, precision=matmul_precision())
+    """Index of the class text with the largest cosine similarity to each feature (Eq. 5).
+
+    A feature's length scales all its similarities alike, and is left out.
+    """
+    scores = jnp.matmul(features.astype(jnp.float32), normalize(text).T, precision=matmul_precision())
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
 
 

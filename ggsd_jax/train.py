@@ -118,13 +118,19 @@ def train_step(
         return total / jnp.maximum(jax.lax.psum(count, AXIS), 1.0)
 
     pyramid = batch.pyramid
-    rows, supervised = jnp.maximum(batch.target_index, 0), batch.target_index >= 0
-    targets = batch.targets.astype(jnp.float32)
+    supervised = batch.target_index >= 0
+    past_end = batch.bucket + jnp.arange(supervised.size)  # where padding reads nothing and writes nothing
+    rows = jnp.where(supervised, batch.target_index, past_end)
+
+    def at_targets(values, nothing):
+        """Rows of the voxels with a 2D feature: ascending and distinct, so their gradient is a copy and no sum."""
+        given = values.at[rows]
+        return given.get(mode="fill", fill_value=nothing, indices_are_sorted=True, unique_indices=True)
+
     labels = voted = None
     if stage == 2:
         if loss.label_source == "fixed_2d":
-            nearest = jnp.where(supervised, pseudo_labels(targets, class_text), -1)
-            labels = jnp.full(batch.superpoints.shape, -1).at[rows].max(nearest)
+            labels = jnp.full(batch.superpoints.shape, -1).at[rows].set(pseudo_labels(batch.targets, class_text))
         else:
             features = model.apply(state.teacher, batch.feats, pyramid, train=False)
             labels = jnp.where(pyramid.mask(0), pseudo_labels(features, class_text), -1)
@@ -133,28 +139,26 @@ def train_step(
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         features, updated = model.apply(variables, batch.feats, pyramid, train=True, mutable=["batch_stats"])
-        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         terms = {"voxels": pyramid.num_voxels[0].astype(jnp.float32)}
         if stage == SUPERVISED:
             total = terms["L_ce"] = mean(cross_entropy_loss(features, batch.labels))
             return total, (terms | {"loss": total}, updated["batch_stats"])
-        terms["L_p"] = mean(point_distillation_loss(features[rows], targets, supervised))
+        student, targets, superpoints = at_targets(features, 0), batch.targets, at_targets(batch.superpoints, -1)
+        terms["L_p"] = mean(point_distillation_loss(student, targets, supervised))
         terms["L_sp"] = mean(
-            superpoint_distillation_loss(
-                features[rows], targets, batch.superpoints[rows], batch.num_superpoints, supervised
-            )
+            superpoint_distillation_loss(student, targets, superpoints, batch.num_superpoints, supervised)
         )
         total = loss.distill_weight * (terms["L_p"] + loss.superpoint_weight * terms["L_sp"])
         if stage == 2:
             learned = voted if loss.voting else labels
             terms["L_sd"] = mean(self_distillation_loss(features, class_text, learned, learned >= 0, loss.temperature))
             total += loss.self_weight * terms["L_sd"]
-            student = pseudo_labels(features, class_text)
+            own = pseudo_labels(features, class_text)
             labelled, taken = labels >= 0, voted >= 0
             count = labelled.sum(dtype=jnp.float32)
-            terms["agreement_before_vote"] = mean(((labelled & (student == labels)).sum(dtype=jnp.float32), count))
+            terms["agreement_before_vote"] = mean(((labelled & (own == labels)).sum(dtype=jnp.float32), count))
             terms["agreement_after_vote"] = mean(
-                ((taken & (student == voted)).sum(dtype=jnp.float32), taken.sum(dtype=jnp.float32))
+                ((taken & (own == voted)).sum(dtype=jnp.float32), taken.sum(dtype=jnp.float32))
             )
             terms["changed_by_vote"] = mean(((labelled & (voted != labels)).sum(dtype=jnp.float32), count))
         return total, (terms | {"loss": total}, updated["batch_stats"])

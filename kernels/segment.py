@@ -6,14 +6,14 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 
 def _bins(segments, num_segments, counted):
-    """Segment of every row; rows that are in none or do not count go to the extra bin `num_segments`."""
+    """Segment of every row; `num_segments`, which the reductions drop, for rows that are in none or do not count."""
     segments = _wide(segments)
     counted &= (segments >= 0) & (segments < num_segments)
     return jnp.where(counted, segments, num_segments)
 
 
 def _wide(ids):
-    """At least 32 bits: the extra bin, and the slots of `segment_mode`, may be beyond narrower ones."""
+    """At least 32 bits: `num_segments`, and the slots of `segment_mode`, may be beyond narrower ones."""
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 
@@ -33,9 +33,9 @@ def segment_mean(
     """
     bins = _bins(segments, num_segments, True if valid is None else valid)
     summands = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    total = jax.ops.segment_sum(summands, bins, num_segments + 1)[:-1]
-    count = jax.ops.segment_sum(jnp.ones_like(summands[:, 0]), bins, num_segments + 1)[:-1, None]
-    return (total / jnp.maximum(count, 1)).astype(values.dtype)
+    total = jax.ops.segment_sum(summands, bins, num_segments)
+    count = jax.ops.segment_sum(jnp.ones_like(summands[:, 0]), bins, num_segments)
+    return (total / jnp.maximum(count, 1)[:, None]).astype(values.dtype)
 
 
 def segment_mode(
@@ -58,6 +58,6 @@ def segment_mode(
     votes = (labels >= 0) & (labels < num_labels)
     bins = _bins(segments, num_segments, votes if valid is None else votes & valid)
     slots = jnp.where(bins < num_segments, bins * num_labels + labels, num_segments * num_labels)
-    counts = jax.ops.segment_sum(jnp.ones_like(slots), slots, num_segments * num_labels + 1)[:-1]
+    counts = jax.ops.segment_sum(jnp.ones_like(slots), slots, num_segments * num_labels)
     counts = counts.reshape(num_segments, num_labels)
     return jnp.where(counts.any(1), counts.argmax(1), -1).astype(jnp.int32)

@@ -394,6 +394,22 @@ def test_batch_norm_is_minkowski_engines(shared, file, train, dtype, tolerance):
     assert_close(updated["batch_stats"]["var"], expected["new_running_var"], tolerance, "running_var")
 
 
+@pytest.mark.parametrize("first, valid", [(1000.0, True), (1030.0, True), (np.nan, False)])
+def test_statistics_of_channels_far_from_zero_do_not_cancel(first, valid):
+    """Whatever the first row is: ordinary, 30 deviations off, or padding."""
+    n = 20_000
+    x = (1000 + np.random.default_rng(0).standard_normal((n, 3))).astype(np.float32)
+    x[0], mask = first, np.arange(n) > -1
+    mask[0] = valid
+    norm, given = MaskedBatchNorm(momentum=1.0), jnp.asarray(x)
+    variables = norm.init(jax.random.key(0), given, mask, True)
+    out, updated = norm.apply(variables, given, mask, True, mutable=["batch_stats"])
+    rows = x[mask].astype(np.float64)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], rows.var(0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(out)[mask], (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5), atol=2e-4)
+    assert not np.asarray(out)[~mask].any()
+
+
 def test_four_replicas_with_unequal_counts_normalise_as_one_batch():
     """Output, gradients and running statistics, in float64 to rounding."""
     if jax.local_device_count() < 4:
