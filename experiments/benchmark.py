@@ -118,7 +118,7 @@ def networks(clouds: dict[int, np.ndarray], dtype: str, recorded: dict) -> list[
     return rows
 
 
-def _scannet(batch_size: int, dtype: str = "float32") -> ml_collections.ConfigDict:
+def scannet(batch_size: int, dtype: str = "float32") -> ml_collections.ConfigDict:
     config = runpy.run_path(str(ROOT.parent / "configs" / "scannet.py"))["get_config"]()
     config.batch_size = batch_size
     config.model.dtype = dtype
@@ -127,7 +127,7 @@ def _scannet(batch_size: int, dtype: str = "float32") -> ml_collections.ConfigDi
 
 def training_steps(sizes: list[int], dtype: str) -> list[dict]:
     """Whole steps of configs/scannet.py, one scene on one device: losses, teacher, votes, Adam, EMA."""
-    config = _scannet(1, dtype)
+    config = scannet(1, dtype)
     text = np.random.default_rng(0).standard_normal((CLASSES, loader_bench.CHANNELS), np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     model = make_model(config, loader_bench.CHANNELS, AXIS)
@@ -163,7 +163,7 @@ def host_work(sizes: list[int]) -> list[dict]:
         rows.append(
             _row(f"pyramid and maps of five levels, {voxels:,} voxels", voxels, timed(voxel_grid.build_pyramid, coords))
         )
-    config = _scannet(8)
+    config = scannet(8)
     for voxels in (size for size in sizes if size <= CPU_OTHERS_VOXELS):
         source = loader_bench.Rooms(8, voxels, config.data.voxel_size, config.data.chunk_points)
         rate, _, per_step = loader_bench.measure(source, config, math.inf, 15.0)
