@@ -119,7 +119,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 PARTS = {  # the first pattern that the name of an instruction's operation matches
     "neighbours' tiles": r"_row_tiles",
     "sparse convolutions": r"sparse_conv",
-    "batch norm, ReLU, residual": r"MinkUNet.*(norm\d|/bn|downsample_1|/max|/add\b|_where)|MinkUNet\)*/(convert|select)",
+    "batch norm, ReLU, residual": r"MinkUNet(.*(norm\d|/bn|downsample_1|/max|/add\b|_where)|\)*/(convert|select))",
     "dense layers, concatenation": r"MinkUNet",
     "losses": r"jvp\(",
     "optimizer, EMA, other": r"",

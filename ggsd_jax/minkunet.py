@@ -154,7 +154,8 @@ def _normalize_forward(axis_name, epsilon, x, keep, scale, bias):
     wide = _at_least_float32(x)
     # Sums about the mean of some rows: one pass over x gives both, and nothing cancels as it would about zero.
     some = slice(None, None, max(1, len(x) // _PIVOT_ROWS))
-    pivot = jnp.sum(jnp.where(keep[some], wide[some], 0), 0) / jnp.maximum(jnp.sum(keep[some], dtype=wide.dtype), 1)
+    sample, sampled = _at_least_float32(x[some]), keep[some]
+    pivot = jnp.sum(jnp.where(sampled, sample, 0), 0) / jnp.maximum(jnp.sum(sampled, dtype=wide.dtype), 1)
     about_pivot = jnp.where(keep, wide - pivot, 0)
     own_count, own_sum = jnp.sum(keep, dtype=wide.dtype), jnp.sum(about_pivot, 0)
     own_squares = jnp.sum(jnp.square(about_pivot), 0)
