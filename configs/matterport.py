@@ -17,7 +17,7 @@ OpenScene's preprocessed clouds and fused features are read instead with `--conf
 
 The paper trains on one A100 (80 GB) in about 24 hours with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
 54.4 mAcc for K = 21; 22.8/31.6, 11.9/16.2, 6.3/9.6 for K = 40, 80, 160) are those of the network trained on ScanNet;
-it reports none for training here. Other teachers, their weights and text: as in configs/scannet.py.
+it reports none for training here. Other teachers, their weights and text, and memory: as in configs/scannet.py.
 """
 
 import ml_collections

@@ -25,7 +25,9 @@ The 2D teacher, `teacher.name` and its `teacher.weights`, and the text that goes
 A snapshot folder is what `hf download openai/clip-vit-base-patch32` makes: config.json, weights, vocabulary.
 
 The paper trains on one A100 (80 GB) in about 24 hours and reports 56.5 mIoU, 68.6 mAcc on the 312 validation scenes
-with LSeg as the teacher. Nobody has run this project on all of ScanNet yet.
+with LSeg as the teacher. Nobody has run this project on all of ScanNet yet. As compiled for a GPU (BUILD.md has the
+arithmetic), a batch of 8 scenes of 100,000 voxels needs 24 GB in float32 and 14 GB in bfloat16 (`model.dtype`), on one
+GPU or divided by their number.
 """
 
 import ml_collections
