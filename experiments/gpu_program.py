@@ -7,7 +7,7 @@
 The step of configs/scannet.py is compiled whole, by the compiler a GPU would use, and nothing is run. Memory is what
 the program allocates beside the next batch. Bytes count every array once where an instruction reads or writes it; a
 convolution's rows that are read again for other neighbours are expected in the cache. Bytes over bandwidth is the
-least time a step can take, not a measurement.
+least time a step can take, not a measurement. What loops move is not counted: on a T4, the convolutions.
 """
 
 import argparse
