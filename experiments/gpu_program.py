@@ -2,7 +2,7 @@
 
   V=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
   .venv/bin/pip install --target=cuda --no-deps jax-cuda12-plugin==$V jax-cuda12-pjrt==$V nvidia-cuda-nvcc-cu12
-  JAX_PLATFORMS=cpu PYTHONPATH=cuda .venv/bin/python -m experiments.gpu_program --gpu h100 a100 --dtype bfloat16
+  PYTHONPATH=cuda .venv/bin/python -m experiments.gpu_program --gpu h100 a100 --dtype bfloat16
 
 The step of configs/scannet.py is compiled whole, by the compiler a GPU would use, and nothing is run. Memory is what
 the program allocates beside the next batch. Bytes count every array once where an instruction reads or writes it; a
@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import importlib.util
 import itertools
 import re
 import types
@@ -213,6 +214,9 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs="+", choices=[1, 2], default=[1, 2])
     parser.add_argument("--apart", action="store_true", help="with the coarse rows of points far apart, as nuScenes'")
     given = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if importlib.util.find_spec("jax_plugins") is None:
+        parser.error("the CUDA compiler of jax is not installed: see --help for the three wheels")
     print("| | rows | memory GB | " + " | ".join(f"{part} GB" for part in PARTS) + " | sum GB | least ms |")
     print("| --- |" + " ---: |" * (len(PARTS) + 4))
     for gpu, dtype, voxels, stage in itertools.product(given.gpu, given.dtype, given.voxels, given.stage):

@@ -54,11 +54,9 @@ def test_arrays_are_counted_by_what_is_needed_of_them_and_in_the_part_that_asks_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_compiles_for_a_gpu_and_multiplies_float32_in_full(dtype, tmp_path):
     command = "-m experiments.gpu_program --gpu h100 --voxels 2000 --stage 2 --dtype".split()
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={tmp_path}"}
-    done = subprocess.run(
-        [sys.executable, *command, dtype], env=os.environ | environment, cwd=Path(__file__).parents[1],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path}"}
+    arguments = [sys.executable, *command, dtype]
+    done = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "NVIDIA H100 80GB HBM3" in done.stdout.splitlines()[-1]
     kernels = [file.read_text() for file in tmp_path.glob("*.ptx")]
