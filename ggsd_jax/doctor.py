@@ -115,7 +115,8 @@ def pallas(platform: str, capability: str | float | None, nvidia: bool) -> Check
         if nvidia:
             fix = f'.venv/bin/pip install "jax[cuda12]=={_version("jax")}"'
             return Check("note", "there is an NVIDIA GPU that jax does not use", fix)
-        return Check("ok", "no NVIDIA GPU: sparse convolutions run on XLA, as on any device")
+        path = "compiled by numba for this CPU" if platform == "cpu" else "run by XLA, as on any device"
+        return Check("ok", f"no NVIDIA GPU: sparse convolutions are {path}")
     try:
         enough = float(capability) >= PALLAS_CAPABILITY
     except (TypeError, ValueError):

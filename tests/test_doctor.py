@@ -40,7 +40,8 @@ def test_missing_packages_fail_and_other_versions_are_noted(tmp_path):
 @pytest.mark.parametrize(
     ("platform", "capability", "nvidia", "state", "says"),
     [
-        ("cpu", None, False, "ok", "run on XLA"),
+        ("cpu", None, False, "ok", "compiled by numba"),
+        ("tpu", None, False, "ok", "run by XLA"),
         ("cpu", None, True, "note", "does not use"),
         ("gpu", "9.0", True, "ok", "Pallas kernels can run"),
         ("gpu", "10.0", True, "ok", "Pallas kernels can run"),
