@@ -14,7 +14,10 @@ from kernels.sparse_conv import pallas_triton
 from kernels.sparse_conv.shapes import AWKWARD, NETWORK
 from kernels.sparse_conv.target import targeting
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+    pytest.mark.skipif(jax.default_backend() == "gpu", reason="test_pallas_triton.py runs the kernels themselves"),
+]
 
 SMALL = {name: problem._replace(voxels=150) for name, problem in NETWORK.items()}
 CASES = [(name, "float32") for name in AWKWARD | SMALL] + [(name, "bfloat16") for name in SMALL]

@@ -191,7 +191,7 @@ def _function(operation) -> Callable[..., tuple]:
 
 
 def _shape_and_dtype(of: ir.Type) -> tuple[tuple[int, ...], Any]:
-    """ "tensor<64x32xf32>" and "f32" as NumPy has them; dtype None of pointers."""
+    """NumPy's of a type such as "tensor<64x32xf32>" or "f32"; dtype None of pointers."""
     *sizes, element = re.fullmatch(r"(?:tensor<)?((?:\d+x)*)([^>]*(?:<\w+>)?)>?", str(of)).groups()
     return tuple(int(size) for size in sizes[0].split("x")[:-1]), _DTYPES.get(element)
 
