@@ -29,8 +29,9 @@ public weights alone; all teachers are listed in configs/scannet.py.
 
 The paper trains on four A100 (80 GB) in about 24 hours with the 2D features at hand, and reports 46.1 mIoU and
 59.2 mAcc on the validation keyframes. Nobody has run this project on all of nuScenes yet. As compiled for a GPU
-(BUILD.md has the arithmetic), 100,000 voxels need 4 GB in float32 and 2.4 GB in bfloat16 (`model.dtype`); a sweep has
-22,500, so 16 keyframes with `--config.data.sweeps=1` need 14 or 8 GB, on one GPU or divided by their number.
+(BUILD.md has the arithmetic, for 512 channels; OpenSeg has 768), 100,000 voxels need 4 GB in float32 and 2.4 GB in
+bfloat16 (`model.dtype`); a sweep has 22,500, so 16 keyframes with `--config.data.sweeps=1` need 14 or 8 GB, on one GPU
+or divided by their number.
 """
 
 import ml_collections
