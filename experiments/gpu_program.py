@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs="+", choices=[1, 2], default=[1, 2])
     parser.add_argument("--apart", action="store_true", help="with the coarse rows of points far apart, as nuScenes'")
     given = parser.parse_args()
+    if min(given.voxels) < 1:
+        parser.error(f"--voxels {min(given.voxels)}: a scene has at least one")
     jax.config.update("jax_platforms", "cpu")
     if importlib.util.find_spec("jax_plugins") is None:
         parser.error("the CUDA compiler of jax is not installed: see --help for the three wheels")
