@@ -14,7 +14,7 @@ import argparse
 import collections
 import contextlib
 import functools
-import importlib.util
+import importlib.metadata
 import itertools
 import re
 import types
@@ -70,6 +70,12 @@ gpu_device_info {{
 platform_name: "CUDA" device_description_str: "{gpu.name}"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}
 """
+
+
+def has_compiler() -> bool:
+    """Whether jax's compiler for CUDA is installed, with a GPU or without."""
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return not installed.isdisjoint({"jax-cuda12-pjrt", "jax-cuda13-pjrt"})
 
 
 @contextlib.contextmanager
@@ -217,7 +223,7 @@ def main() -> None:
     if min(given.voxels) < 1:
         parser.error(f"--voxels {min(given.voxels)}: a scene has at least one")
     jax.config.update("jax_platforms", "cpu")
-    if importlib.util.find_spec("jax_plugins") is None:
+    if not has_compiler():
         parser.error("the CUDA compiler of jax is not installed: see --help for the three wheels")
     print("| | rows | memory GB | " + " | ".join(f"{part} GB" for part in PARTS) + " | sum GB | least ms |")
     print("| --- |" + " ---: |" * (len(PARTS) + 4))

@@ -1,6 +1,5 @@
 """The training step compiled for a GPU that is not there, and the count of what a program reads and writes."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.gpu_program import array_bytes, traffic
+from experiments.gpu_program import array_bytes, has_compiler, traffic
 
 PROGRAM = """
 HloModule step, is_scheduled=true
@@ -48,9 +47,7 @@ def test_arrays_are_counted_by_what_is_needed_of_them_and_in_the_part_that_asks_
     }
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None, reason="the compiler for CUDA is not installed (BUILD.md, Tests)"
-)
+@pytest.mark.skipif(not has_compiler(), reason="the compiler for CUDA is not installed (BUILD.md, Tests)")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_compiles_for_a_gpu_and_multiplies_float32_in_full(dtype, tmp_path):
     command = "-m experiments.gpu_program --gpu h100 --voxels 2000 --stage 2 --dtype".split()
