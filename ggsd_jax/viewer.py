@@ -29,6 +29,7 @@ from data.ply import write_ply
 from data.scene import Scene
 from ggsd_jax import inference, query, render
 from ggsd_jax.inference import Model, relevancy, unit
+from ggsd_jax.level_of_detail import Cloud
 
 MAX_SENT = 500_000  # points the browser draws; of a larger scan a random part is sent, and the page says so
 MAX_QUERY = 200  # characters
@@ -184,6 +185,7 @@ class Page:
     ):
         self.client, self.answers_of, self.max_sent = client, answers_of, max_sent
         self.lock, self.acting = threading.Lock(), 0  # viser calls back from many threads
+        self.cloud = Cloud(client)
         self.scores: np.ndarray | None = None
         self.answers: Answers | None = None  # until a scan was opened
         self.asked = self.note = ""  # what the scores are of, and what to say about it
@@ -257,9 +259,7 @@ class Page:
         z = points[:, 2]
         low = z <= z.min() + self.height.value / 100 * np.ptp(z)
         self.shown, self.drawn = self.sent[low], points[low] - self.centre
-        look = {"point_size": self._metres(), "point_shape": "circle", "precision": "float32"}
-        grey = np.full(self.drawn.shape, 128, np.uint8)
-        self.cloud = self.client.scene.add_point_cloud("/scan", self.drawn, grey, **look)
+        self.cloud.draw(self.drawn, self._metres())
         self.paint(None)
 
     def ask(self, _: Any) -> None:
@@ -305,7 +305,7 @@ class Page:
             raise ValueError(f"this scan cannot be shown by {clean(str(mode), 40)!r}")
         colors, legend = self.answers.paint(mode, self.scores, self.threshold.value)
         self.painted = colors
-        self.cloud.colors = colors[self.shown]
+        self.cloud.paint(colors[self.shown])
         entries = "".join(
             f'<div><span style="display:inline-block;width:1em;height:1em;margin-right:.5em;vertical-align:middle;'
             f'background:rgb({r},{g},{b})"></span>{html.escape(name)}</div>'
@@ -314,7 +314,7 @@ class Page:
         self.legend.content = f'<div style="padding:0 1em">{entries}</div>'
 
     def resize(self, _: Any) -> None:
-        self.cloud.point_size = self._metres()
+        self.cloud.resize(self._metres())
 
     def send(self, _: Any) -> None:
         content = self.answers.ply(self.painted, self.scores)

@@ -256,6 +256,9 @@ class Handle:
     def __init__(self, value):
         self.value, self.content = value, ""
 
+    def remove(self):
+        pass
+
     def on_update(self, action):
         self.act = action
 
