@@ -178,6 +178,11 @@ class _Pairs(NamedTuple):
 
 def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
     """Check the caller's voxels and sort them."""
+    coords = np.asarray(coords)
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype.kind not in "iu":
+        raise ValueError(
+            f"coords is {coords.dtype} {list(coords.shape)}: expected int32 [N, 4], columns batch, x, y, z"
+        )
     if len(coords) == 0:
         raise ValueError("coords has no rows: an empty cloud has no kernel map")
 
@@ -186,15 +191,14 @@ def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
             row = int(bad.reshape(len(coords), -1).any(1).argmax())
             raise ValueError(f"coords row {row} is {coords[row].tolist()}: expected {expected}")
 
-    batch, xyz = coords[:, 0], coords[:, 1:]
+    wide = coords if coords.dtype == np.int32 else coords.astype(np.int64)
+    batch, xyz, limit = wide[:, 0], wide[:, 1:], tensor_stride * COORDINATE_LIMIT
     refuse((batch < 0) | (batch >= BATCH_LIMIT), f"a batch index in 0..{BATCH_LIMIT - 1}")
-    refuse(
-        (xyz < -COORDINATE_LIMIT) | (xyz >= COORDINATE_LIMIT),
-        f"x, y, z in [{-COORDINATE_LIMIT}, {COORDINATE_LIMIT}); centre the cloud or take larger voxels",
-    )
+    refuse((xyz < -limit) | (xyz >= limit), f"x, y, z in [{-limit}, {limit}); centre the cloud or take larger voxels")
     if tensor_stride > 1:
         refuse(xyz % tensor_stride != 0, f"x, y, z to be multiples of tensor_stride {tensor_stride}")
-        coords = np.column_stack([batch, xyz // tensor_stride])
+        wide = np.column_stack([batch, xyz // tensor_stride])
+    coords = wide.astype(np.int32, copy=False)
     axes = columns.fewest(coords)
     keys = columns.pack(coords, axes)
     rows = np.argsort(keys, kind="stable").astype(np.int32)  # they are often in order
@@ -436,7 +440,7 @@ def build_pyramid(
         )
     level = _sorted_level(coords, 1)
     stem = _neighbours(level, 5)
-    level_coords, submanifold, down = [coords], [], []
+    level_coords, submanifold, down = [level.coords], [], []
     for i in range(1, levels):
         level, pairs = _coarsen(level)
         level_coords.append(level.scaled(2**i))

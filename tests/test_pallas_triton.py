@@ -16,7 +16,7 @@ import triton_ir
 from absl import logging
 from flax.traverse_util import flatten_dict
 from test_minkunet import golden_variables
-from test_sparse_conv import assert_close, problem_data
+from test_sparse_conv import assert_close, check_second_order_and_vmap, problem_data
 
 from ggsd_jax import inference
 from ggsd_jax.minkunet import MinkUNet, architecture
@@ -136,6 +136,12 @@ def test_sorting_rows_by_their_neighbours_saves_visits():
     valid = m.out_index < m.num_out
     unsorted[m.out_index[valid] // 64, np.broadcast_to(m.offset_index[:, None], valid.shape)[valid]] = True
     assert valid.sum() <= sorted_visits < 0.9 * 64 * unsorted.sum()
+
+
+@pytest.mark.parametrize("name", ["several scenes", "several scenes, stride 2"])
+def test_gradients_of_gradients_and_vmap_are_those_of_the_reference(name):
+    with targeting(INTERPRET):
+        check_second_order_and_vmap(AWKWARD[name]._replace(voxels=150), "pallas_triton")
 
 
 def test_convolutions_over_one_map_share_its_row_tiles():

@@ -133,6 +133,36 @@ def test_gradients_are_those_of_finite_differences(kernel_size, transposed, impl
         check_grads(conv, (jnp.asarray(x), jnp.asarray(w)), order=1, modes=("rev",), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("name", ["several scenes", "several scenes, stride 2"])
+def test_gradients_of_gradients_and_vmap_are_those_of_the_reference(name, implementation):
+    check_second_order_and_vmap(AWKWARD[name], implementation)
+
+
+def check_second_order_and_vmap(problem, implementation):
+    m, x, w, _ = problem_data(problem)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compute(implementation, x, w):
+        conv = functools.partial(
+            sparse_conv, kernel_map=m, transposed=problem.transposed, implementation=implementation
+        )
+
+        def penalty(x, w):  # every second derivative there is has a part in its gradients
+            slopes = jax.grad(lambda x, w: jnp.sin(conv(x, w)).sum(), argnums=(0, 1))(x, w)
+            return sum(jnp.square(slope).sum() for slope in slopes)
+
+        stacked = jnp.stack([w, -2 * w])
+        return *jax.grad(penalty, argnums=(0, 1))(x, w), jax.vmap(conv, (None, 0))(x, stacked)
+
+    found = compute(implementation, jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32))
+    with jax.enable_x64(True):
+        expected = compute("reference", jnp.asarray(x), jnp.asarray(w))
+    for one, truth in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        assert_close(one, truth, 1e-5)
+
+
 # ------------------------------------------------------------------------------------------ threads of a CPU
 
 
@@ -271,6 +301,8 @@ def test_errors_name_both_shapes_and_the_axis():
         sparse_conv(x, w[1:], m)
     with pytest.raises(ValueError, match=r"\(301, 6\) and weights \(27, 7, 13\) .*input channels.*6 != 7"):
         sparse_conv(x[:, 1:], w, m)
+    with pytest.raises(ValueError, match=r"weights \(27, 7, 0\) have no channels"):
+        sparse_conv(x, w[:, :, :0], m)
     with pytest.raises(ValueError, match="features are bfloat16 and weights float32"):
         sparse_conv(x.astype(jnp.bfloat16), w, m)
     with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, cpu, pallas_triton, or None"):

@@ -28,8 +28,8 @@ def interpreted(monkeypatch):
     """Convolutions are traced for an A100, and their kernels' Triton IR is run in place of the GPU's."""
     compiled = pallas_triton._call
 
-    def call(kernel, grid, out, blocks, plan, name, *arguments):
-        launch = functools.partial(compiled, kernel, grid, out, blocks, plan, name)
+    def call(kernel, grid, out, plan, name, *arguments):
+        launch = functools.partial(compiled, kernel, grid, out, plan, name)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
         (lowered,) = triton_ir.lowered_kernels(launch, *shapes, arch="sm_80")
 

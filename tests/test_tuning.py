@@ -138,9 +138,9 @@ def test_the_timer_runs_the_kernel_it_times_with_the_blocks_it_is_given(kernel, 
 def noting(call, calls: list):
     """`pallas_triton._call`, which appends what it is asked for."""
 
-    def noted(kernel, grid, out, blocks, plan, name, *arguments):
-        calls.append((name, blocks))
-        return call(kernel, grid, out, blocks, plan, name, *arguments)
+    def noted(kernel, grid, out, plan, name, *arguments):
+        calls.append((name, plan.blocks))
+        return call(kernel, grid, out, plan, name, *arguments)
 
     return noted
 

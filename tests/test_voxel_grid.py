@@ -191,6 +191,13 @@ def test_a_row_that_cannot_be_packed_or_repeats_is_named(row, message):
             make()
 
 
+def test_parents_at_the_edge_of_the_range_are_coarsened_again():
+    coords = np.array([[0, -COORDINATE_LIMIT, 0, 0], [0, COORDINATE_LIMIT - 1, 0, 0]], np.int32)
+    for tensor_stride in (1, 2, 4, 8):
+        _, coords = kernel_map(coords, kernel_size=2, stride=2, tensor_stride=tensor_stride)
+    np.testing.assert_array_equal(coords[:, 1], [-131072, 131056])
+
+
 def test_other_bad_input_says_what_was_expected():
     one = np.array([[0, 2, 3, 2]], np.int32)
     with pytest.raises(ValueError, match="row 0 .*multiples of tensor_stride 2"):

@@ -28,8 +28,9 @@ def sparse_conv(
 ) -> Float[Array, "M Cout"]:
     """Sparse convolution: `out[j]` is the sum over the map's pairs (i, j, k) of `features[i] @ weights[k]`.
 
-    Differentiable in features and weights. Sums are taken in at least float32. On a GPU float32 operands are
-    multiplied in full; `jax.default_matmul_precision("tensorfloat32")` trades that for speed.
+    Differentiable in features and weights by reverse mode, any number of times. Sums are taken in at least float32. On
+    a GPU float32 operands are multiplied in full; `jax.default_matmul_precision("tensorfloat32")` trades that for
+    speed.
 
     Args:
         features: one row per input voxel of the map (per output voxel if `transposed`).
@@ -45,6 +46,8 @@ def sparse_conv(
         NotImplementedError: the implementation asked for does not run on this device, or not in this dtype.
     """
     side, rows = ("output", kernel_map.num_out) if transposed else ("input", kernel_map.num_in)
+    if features.ndim != 2 or weights.ndim != 3:
+        raise ValueError(f"features {features.shape} and weights {weights.shape}: expected [N, Cin] and [K, Cin, Cout]")
     if features.shape[0] != rows:
         raise ValueError(
             f"features {features.shape} and kernel_map with {rows} {side} rows disagree on the voxels "
@@ -60,6 +63,8 @@ def sparse_conv(
             f"features {features.shape} and weights {weights.shape} disagree on the input channels "
             f"(axis 1 of both): {features.shape[1]} != {weights.shape[1]}"
         )
+    if 0 in weights.shape:
+        raise ValueError(f"weights {weights.shape} have no channels (axes 1 and 2: input and output channels)")
     if features.dtype != weights.dtype:
         raise ValueError(f"features are {features.dtype} and weights {weights.dtype}: cast one to the other")
     if implementation is not None and implementation not in _IMPLEMENTATIONS:

@@ -258,7 +258,9 @@ def tune(
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m kernels.sparse_conv.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--voxels", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 96, 256])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

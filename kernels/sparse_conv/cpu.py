@@ -43,15 +43,16 @@ def _multiply(num_out, features, weights, pairs):
     lowest, highest = target.min(1), jnp.where(target < num_out, target, -1).max(1)  # once for all layers of a map
     threads = _threads()
     chunks = np.int64(4 * threads if threads > 1 else 1)
-    return jax.ffi.ffi_call(CONVOLUTION, out)(features, panels, *pairs, lowest, highest, chunks=chunks)[:, :width]
+    call = jax.ffi.ffi_call(CONVOLUTION, out, vmap_method="sequential")
+    return call(features, panels, *pairs, lowest, highest, chunks=chunks)[:, :width]
 
 
 def _weight_gradient(features, grad_out, pairs, volume):
     depth, width = features.shape[1], grad_out.shape[1]
     out = jax.ShapeDtypeStruct((volume, depth + -depth % ROWS, width + -width % COLUMNS), jnp.float32)
     chunks = np.int64(volume if _threads() > 1 else 1)
-    grad = jax.ffi.ffi_call(WEIGHT_GRADIENT, out)(features, grad_out, *pairs, chunks=chunks)
-    return grad[:, :depth, :width]
+    call = jax.ffi.ffi_call(WEIGHT_GRADIENT, out, vmap_method="sequential")
+    return call(features, grad_out, *pairs, chunks=chunks)[:, :depth, :width]
 
 
 _conv = differentiable(_multiply, _weight_gradient)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.sparse_conv import tuning
-from kernels.sparse_conv.gradients import oriented
+from kernels.sparse_conv.gradients import differentiable, exchanged, oriented
 from kernels.sparse_conv.target import INTERPRET, default_target
 from kernels.sparse_conv.tuning import Blocks
 
@@ -33,13 +33,11 @@ _WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at l
 
 
 class _Plan(NamedTuple):
-    """What is decided while tracing."""
+    """How a kernel is launched."""
 
+    blocks: Blocks
     precision: lax.Precision
     interpret: bool
-    conv: Blocks
-    input_gradient: Blocks
-    weight_gradient: Blocks
 
 
 class _RowTiles(NamedTuple):
@@ -64,27 +62,16 @@ def unsupported(dtype) -> str | None:
 def sparse_conv(features, weights, kernel_map, transposed):
     """See `api.sparse_conv`."""
     num_out, pairs = oriented(kernel_map, transposed)
-    return _conv(_plan(weights), num_out, features, weights, pairs)
+    return _conv(num_out, features, weights, pairs)
 
 
-def _plan(weights) -> _Plan:
-    volume, channels_in, channels_out = weights.shape
-    dtype, arch = jnp.dtype(weights.dtype).name, default_target()
-    tf32 = dtype == "float32" and jax.config.jax_default_matmul_precision == "tensorfloat32"
-
-    def blocks(kernel: str, channels_in: int, channels_out: int) -> Blocks:
-        key = tuning.Key(
-            kernel, channels_in, channels_out, round(volume ** (1 / 3)), "tensorfloat32" if tf32 else dtype, arch
-        )
-        return tuning.lookup(key)
-
-    return _Plan(
-        lax.Precision.HIGH if tf32 else lax.Precision.HIGHEST,  # of float32 operands; others are taken as they are
-        arch == INTERPRET,
-        blocks("conv", channels_in, channels_out),
-        blocks("conv", channels_out, channels_in),
-        blocks("weight_gradient", channels_in, channels_out),
-    )
+def _plan(kernel: str, channels_in: int, channels_out: int, volume: int, dtype) -> _Plan:
+    arch, dtype = default_target(), jnp.dtype(dtype).name
+    precision = lax.Precision.HIGHEST  # of float32 operands; others are taken as they are
+    if dtype == "float32" and jax.config.jax_default_matmul_precision == "tensorfloat32":
+        precision, dtype = lax.Precision.HIGH, "tensorfloat32"
+    key = tuning.Key(kernel, channels_in, channels_out, round(volume ** (1 / 3)), dtype, arch)
+    return _Plan(tuning.lookup(key), precision, arch == INTERPRET)
 
 
 # ------------------------------------------------------------------------------------------------- row tiles
@@ -155,21 +142,23 @@ def _gather(ref, rows, first, width: int):
     return plgpu.load(ref.at[rows[:, None], columns[None, :]], mask=(rows < ref.shape[0])[:, None], other=0.0)
 
 
-def _call(kernel, grid, out, blocks: Blocks, plan: _Plan, name: str, *arguments):
+def _call(kernel, grid, out, plan: _Plan, name: str, *arguments):
     for array in (*arguments, out):
         if array.size > _MOST_ELEMENTS:
             raise ValueError(
                 f"{name} would need an array of shape {list(array.shape)}, and the Triton kernels count elements in 32 "
                 "bits: convolve fewer voxels at once, or use implementation='xla'"
             )
-    params = plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
+    params = plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages)
     call = pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=plan.interpret, name=name)
     return call(*arguments)
 
 
-def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Plan):
+def _convolve(num_out: int, features, weights, pairs):
     """Sum over the pairs (i, j, k) of `features[i] @ weights[k]`, for every j."""
     volume, channels_in, channels_out = weights.shape
+    plan = _plan("conv", channels_in, channels_out, volume, weights.dtype)
+    blocks = plan.blocks
     tiles = _row_tiles(pairs, kernel_volume=volume, num_in=features.shape[0], num_out=num_out, rows=blocks.rows)
     groups, width = _groups(channels_out, blocks.outputs)
     padded_in = _CHANNELS * pl.cdiv(channels_in, _CHANNELS)
@@ -201,13 +190,15 @@ def _convolve(features, weights, pairs, num_out: int, blocks: Blocks, plan: _Pla
     w = _pad_channels(weights, padded_in, groups * width)
     out = jax.ShapeDtypeStruct((num_out, groups * width), features.dtype)
     grid = tiles.order.size // blocks.rows, groups
-    return _call(kernel, grid, out, blocks, plan, "sparse_conv", *tiles, x, w)[:, :channels_out]
+    return _call(kernel, grid, out, plan, "sparse_conv", *tiles, x, w)[:, :channels_out]
 
 
-def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, plan: _Plan):
+def _weight_gradient(features, grad_out, pairs, volume: int):
     """Sum over the pairs (i, j, k) of the outer product of `features[i]` and `grad_out[j]`, for every k."""
     source, target, offset, num_tiles = pairs
     channels = features.shape[1], grad_out.shape[1]
+    plan = _plan("weight_gradient", *channels, volume, features.dtype)
+    blocks = plan.blocks
     (groups_in, width_in), (groups_out, width_out) = map(_groups, channels, (blocks.inputs, blocks.outputs))
     parts_in, parts_out = _powers(width_in), _powers(width_out)
     splits = pl.cdiv(_WEIGHT_PROGRAMS, volume * groups_in * groups_out)
@@ -243,7 +234,7 @@ def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, pla
     pairs = source.reshape(-1, chunk), target.reshape(-1, chunk)
     arguments = first_tile, tiles_of_offset, *pairs, x, dy
     grid = volume * splits, groups_in, groups_out
-    parts = _call(kernel, grid, out, blocks, plan, "sparse_conv_weight_gradient", *arguments)
+    parts = _call(kernel, grid, out, plan, "sparse_conv_weight_gradient", *arguments)
     grad = parts.reshape(volume, splits, *out.shape[1:]).sum(1)
     return grad[:, : channels[0], : channels[1]].astype(features.dtype)
 
@@ -251,25 +242,14 @@ def _weight_gradient(features, grad_out, pairs, volume: int, blocks: Blocks, pla
 # -------------------------------------------------------------------------------------------------- gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv(plan, num_out, features, weights, pairs):
-    return _convolve(features, weights, pairs, num_out, plan.conv, plan)
+def _back(weights, pairs):
+    """As `gradients.exchanged`; with stride 1, by the same pairs, so that the row tiles serve again.
+
+    There, with (i, j, k) there is (j, i, K - 1 - k).
+    """
+    if weights.shape[0] % 2:
+        return weights[::-1].swapaxes(1, 2), pairs
+    return exchanged(weights, pairs)
 
 
-def _conv_forward(plan, num_out, features, weights, pairs):
-    return _conv(plan, num_out, features, weights, pairs), (features, weights, pairs)
-
-
-def _conv_backward(plan, num_out, residuals, grad_out):
-    features, weights, pairs = residuals
-    source, target, *tiles = pairs
-    w = weights.swapaxes(1, 2)
-    if weights.shape[0] % 2:  # stride 1: with (i, j, k) there is (j, i, K - 1 - k), and the row tiles serve again
-        w, mirrored = w[::-1], pairs
-    else:
-        mirrored = (target, source, *tiles)
-    grad_in = _convolve(grad_out, w, mirrored, features.shape[0], plan.input_gradient, plan)
-    return grad_in, _weight_gradient(features, grad_out, pairs, weights.shape[0], plan.weight_gradient, plan), None
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv = differentiable(_convolve, _weight_gradient, _back)
