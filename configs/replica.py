@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
 
     config.text = ml_collections.ConfigDict()
-    config.text.encoder = ""  # an .npz with the CLIP embedding of each class name
+    config.text.encoder = ""  # the folder of a CLIP snapshot, or an .npz with its embedding of each class name
     config.text.prompt = "a {} in a scene"
 
     config.model = ml_collections.ConfigDict()

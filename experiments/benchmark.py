@@ -224,7 +224,9 @@ def _spconv():
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--voxels", type=int, nargs="+", default=[20_000, 100_000, 300_000, 1_000_000], help="sizes of the clouds"
     )

@@ -32,7 +32,9 @@ NOISE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.feature_codes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scan", type=Path, required=True, help="folder of a scan with labels and frames")
     parser.add_argument("--text", required=True, help="CLIP embeddings of the 20 class names, .npz, or CLIP's folder")
     parser.add_argument("--draws", type=int, default=2, help="of each noise (%(default)s)")

@@ -213,7 +213,9 @@ def _part_read(user: Instruction, name: str, body: dict[str, Instruction]) -> in
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.gpu_program", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100"], help="compiled for; default h100")
     parser.add_argument("--voxels", type=int, nargs="+", default=[100_000], help="of the scene; default 100000")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])

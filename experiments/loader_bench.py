@@ -89,7 +89,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.loader_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of processes; 0: threads")
     parser.add_argument("--rate", type=float, default=10.0, help="steps per second the consumer would take")
     parser.add_argument("--batch_size", type=int, default=8, help="scenes per step")

@@ -83,7 +83,11 @@ def _section(title: str, results: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.scannet_sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="CLIP embeddings of the 20 class names, .npz")
     parser.add_argument("--workdir", type=Path, default=Path("out/scannet_sample"))

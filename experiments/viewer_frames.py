@@ -51,12 +51,14 @@ def drag(page: Any) -> np.ndarray:
 
 
 def main() -> None:
-    from playwright.sync_api import sync_playwright
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.viewer_frames", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--points", type=int, nargs="+", default=[500_000])
     args = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     model = inference.load(args.model)
     print("| points | drag | frames | median ms | 90 % | longest |\n|---|---|---|---|---|---|")

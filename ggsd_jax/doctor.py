@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,7 @@ def devices() -> Iterator[Check]:
     except Exception as error:  # a broken installation can fail in any way
         yield Check(
             "FAIL",
-            f"jax cannot compute: {error or type(error).__name__}".splitlines()[0],
+            f"jax cannot compute: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             "make setup; on a GPU see BUILD.md, Install",
         )
         return
@@ -168,10 +169,11 @@ class Kind(NamedTuple):
 
 def path(given: Path) -> Check:
     """What a path holds, and whether it can be read."""
-    if not given.exists():
-        return Check("FAIL", f"{given}: there is no such file or folder", "is it mistyped, or on a disk not mounted?")
     advice = "name a path of a kind that --help lists: the folder itself, not one above or inside it"
     try:
+        if not given.exists():
+            missing = f"{given}: there is no such file or folder"
+            return Check("FAIL", missing, "is it mistyped, or on a disk not mounted?")
         for kind in KINDS:
             if kind.holds(given):
                 advice = kind.advice
@@ -220,12 +222,7 @@ def _encoder(given: Path) -> str:
 
 
 def _holds_embeddings(given: Path) -> bool:
-    import numpy as np
-
-    if given.suffix != ".npz":
-        return False
-    with np.load(given, allow_pickle=False) as archive:
-        return "embedding" in archive.files
+    return given.suffix == ".npz" and zipfile.is_zipfile(given) and "embedding.npy" in zipfile.ZipFile(given).namelist()
 
 
 def _is_cloud(given: Path) -> bool:

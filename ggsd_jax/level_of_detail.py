@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-FEWEST = 20_000  # points that are never thinned
+FEWEST = 20_000  # points that are never thinned; of a larger cloud at least half as many are drawn
 SLOW, FAST = 0.06, 0.025  # seconds between reports: fewer points above, more below; a browser waits at least 0.02
 PAUSE = 5.0  # seconds without a report that are no frame's time any more
-REST = 0.4  # seconds without a report until twice the points are drawn; twice as long until twice those, and so on
+REST = 0.4  # seconds without a report until twice the points are drawn; twice as long until twice those, at most PAUSE
 
 
 class Pace:
@@ -54,7 +54,7 @@ class Pace:
     def rests(self, now: float) -> None:
         """The camera has not moved until `due`."""
         self.shown = min(self.shown + 1, self.parts)
-        self._rest *= 2
+        self._rest = min(2 * self._rest, PAUSE)
         self.due = now + self._rest
         self._last = -math.inf  # until it moves again is no frame's time
 
@@ -95,6 +95,13 @@ class Cloud:
     def resize(self, size: float) -> None:
         for part in self._parts:
             part.point_size = size
+
+    def close(self) -> None:
+        """Draws nothing more, since nobody looks; in the event loop."""
+        with self._lock:
+            self._parts = []
+            self._pace = Pace(0)
+            self._show()
 
     async def _moved(self, _: Any) -> None:
         with self._lock:

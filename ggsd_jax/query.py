@@ -14,6 +14,7 @@ their mean score is over the threshold, scenes by their best region.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,8 @@ def scene_files(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             there = (file for file in path.iterdir() if file.is_file() or file.is_symlink())
-            inside = sorted(file for file in there if file.suffix.lower() in _READERS)
+            seen = (file for file in there if not file.name.startswith("."))  # macOS puts ._room.ply beside room.ply
+            inside = sorted(file for file in seen if file.suffix.lower() in _READERS)
             if not inside:
                 raise FileNotFoundError(f"{path}: no {' or '.join(_READERS)} file in this folder")
             files += inside
@@ -293,16 +295,18 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out} is a file: name a folder")
     for file in files:
-        if file.resolve().parent == args.out.resolve():
+        if args.out.resolve() in (file.parent.resolve(), file.resolve().parent):
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)
-    for word in model.without_meaning([*args.words, *args.without]):
-        print(f'note: the stand-in for CLIP that this model was trained with knows no word of "{word}"')
-    model.embed(
-        labels.classes if labels else [*args.words, *args.without]
-    )  # what is wrong with words is no scan's fault
+    words = list(labels.classes) if labels else [*args.words, *args.without]
+    if unknown := model.without_meaning(words):
+        some = ", ".join(f'"{word}"' for word in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        print(f"note: the stand-in for CLIP that this model was trained with knows no word of {some}")
+    model.embed(words)  # what is wrong with them is no scan's fault
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out={args.out} cannot be written: name another folder")
     found, left_out = {}, []
     for file in files:
         try:

@@ -37,6 +37,7 @@ MAX_WITHOUT = 20  # negatives
 HEAT, SEGMENTATION, COLOUR = "heat map", "segmentation", "colour"
 SUPERPOINTS, FUSION, TRUTH, DIFFERENCE = "superpoints", "2D fusion", "ground truth", "difference"
 _RIGHT, _WRONG, _UNKNOWN = (60, 170, 90), (215, 50, 50), (60, 60, 60)
+_HINT = "Type what you look for, or click a point."
 _CLICK_ANGLE = 0.01  # radians between the ray of a click and the points it may mean
 
 # ------------------------------------------------------------------------------------------------ what is known
@@ -75,10 +76,9 @@ class Answers:
 
     def ask(self, words: str, without: Sequence[str] = ()) -> Float32[np.ndarray, " N"]:
         """Score of each point for a query, as `Model.query` gives it."""
-        contrast = self._anything
-        if without:
-            contrast = np.concatenate([contrast, self._features @ self.model.embed(without).T], axis=1)
-        return relevancy(self._features @ self.model.embed([words]).T, contrast)[self._voxel, 0]
+        similarity = self._features @ self.model.embed([words, *without]).T  # at once: equal words score alike to a bit
+        contrast = np.concatenate([self._anything, similarity[:, 1:]], axis=1)
+        return relevancy(similarity[:, :1], contrast)[self._voxel, 0]
 
     def knows_nothing_of(self, words: str) -> bool:
         """Whether the text encoder knows no word of a query."""
@@ -174,6 +174,11 @@ def sample(count: int, limit: int) -> Int[np.ndarray, " S"]:
     return np.sort(np.random.default_rng(0).choice(count, limit, replace=False))
 
 
+def viewpoint(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, " 3"]:
+    """Where a camera sees all of a scan that is centred on the origin, from above."""
+    return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(points, axis=0))), 1.0)
+
+
 # ------------------------------------------------------------------------------------------------------ the page
 
 
@@ -186,6 +191,7 @@ class Page:
         self.client, self.answers_of, self.max_sent = client, answers_of, max_sent
         self.lock, self.acting = threading.Lock(), 0  # viser calls back from many threads
         self.cloud = Cloud(client)
+        self.marker: Any = None  # of the clicked point
         self.scores: np.ndarray | None = None
         self.answers: Answers | None = None  # until a scan was opened
         self.asked = self.note = ""  # what the scores are of, and what to say about it
@@ -235,10 +241,11 @@ class Page:
 
     def show_scan(self, _: Any) -> None:
         self._say("Reading and encoding the scan ...")
+        before = self.answers
         try:
             answers = self.answers_of(self.scan.value)
         except Exception:
-            if self.answers is not None:  # go on with the one before
+            if before is not None:  # go on with it
                 self.scan.value = self.opened
             raise
         self.answers, self.opened = answers, self.scan.value
@@ -248,8 +255,11 @@ class Page:
         self.mode.options = tuple(answers.modes)
         self.mode.value = COLOUR if COLOUR in answers.modes else SEGMENTATION
         self.draw(None)
+        if before is not None:  # the first scan is where the camera already looks
+            self.client.camera.position = viewpoint(points)
+            self.client.camera.look_at = np.zeros(3)
         part = f", {len(self.sent):,} of them drawn" if len(self.sent) < len(points) else ""
-        self._say(f"{len(points):,} points{part}. Type what you look for, or click a point.")
+        self._say(f"{len(points):,} points{part}. {_HINT}")
         if self.words.value:
             self.ask(None)
 
@@ -259,6 +269,7 @@ class Page:
         z = points[:, 2]
         low = z <= z.min() + self.height.value / 100 * np.ptp(z)
         self.shown, self.drawn = self.sent[low], points[low] - self.centre
+        self._mark(None)
         self.cloud.draw(self.drawn, self._metres())
         self.paint(None)
 
@@ -268,9 +279,12 @@ class Page:
         if words != self.words.value:
             self.words.value = words
         if not words:
-            self.scores, self.asked = None, ""
-            self.paint(None)
+            if self.asked:  # and not a click, which stands
+                self.scores, self.asked = None, ""
+                self._say(_HINT)
+                self.paint(None)
             return
+        self._mark(None)
         start = time.perf_counter()
         self.scores = self.answers.ask(words, [part for part in without if part])
         took = 1000 * (time.perf_counter() - start)
@@ -295,7 +309,7 @@ class Page:
         labels = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.answers.nearest_labels(point))
         self.scores, self.asked = self.answers.similar(point), ""
         self.words.value = ""  # so that asking the same again is a change
-        self.client.scene.add_icosphere("/picked", radius=0.04, color=(30, 90, 255), position=self.drawn[picked])
+        self._mark(self.drawn[picked])
         self._say(f"point {point}: {labels}. The heat map shows what is like it.")
         self._show(HEAT)
 
@@ -318,12 +332,20 @@ class Page:
 
     def send(self, _: Any) -> None:
         content = self.answers.ply(self.painted, self.scores)
-        self.client.send_file_download(f"{self.answers.scene.name}.ply", content, save_immediately=True)
+        self.client.send_file_download(f"{self.opened}.ply", content, save_immediately=True)
 
     def _show(self, mode: str) -> None:
         if self.mode.value != mode:
             self.mode.value = mode
         self.paint(None)
+
+    def _mark(self, place: Float[np.ndarray, " 3"] | None) -> None:
+        """Puts the mark of a click somewhere, or takes it away."""
+        if self.marker is not None:
+            self.marker.remove()
+            self.marker = None
+        if place is not None:
+            self.marker = self.client.scene.add_icosphere("/picked", radius=0.04, color=(30, 90, 255), position=place)
 
     def _say_found(self) -> None:
         share = float((self.scores > self.threshold.value).mean())
@@ -376,12 +398,17 @@ def serve(
 
     # Every scan is moved to the origin. Set before a browser comes: its first messages would undo what comes after.
     first, points = _first_readable(files, unit)
-    reach = float(np.linalg.norm(np.ptp(points, axis=0)))
-    server.initial_camera.position, server.initial_camera.look_at = np.array([0.3, -0.3, 0.55]) * reach, np.zeros(3)
+    server.initial_camera.position, server.initial_camera.look_at = viewpoint(points), np.zeros(3)
+    pages: dict[int, Page] = {}
 
     @server.on_client_connect
     def _(client: Any) -> None:
-        Page(client, list(known), first, answers_of, max_sent)
+        pages[client.client_id] = Page(client, list(known), first, answers_of, max_sent)
+
+    @server.on_client_disconnect
+    async def _(client: Any) -> None:
+        if client.client_id in pages:
+            pages.pop(client.client_id).cloud.close()
 
     return server
 
@@ -415,7 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{error}: pip install viser==1.1.1 (make setup does)") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    print(f"open http://{args.host}:{server.get_port()}  (Ctrl+C ends it)", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"open http://{host}:{server.get_port()}  (Ctrl+C ends it)", flush=True)
     try:
         server.sleep_forever()
     except KeyboardInterrupt:

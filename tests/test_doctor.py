@@ -72,9 +72,12 @@ def test_every_broken_path_fails_with_the_reason(shared, tmp_path, capsys):
     (tmp_path / "scannetv2_val.txt").write_text("scene0000_00\n")
     (tmp_path / "scannetv2_train.txt").write_text("")
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "garbage.npz").write_bytes(b"hello")
     golden = shared / "golden/narrow_ckpt.pth.tar"
     status, printed = report(capsys, tmp_path / "lost", tmp_path / "cut.ply", tmp_path, tmp_path / "notes.txt", golden)
     assert status == 1
+    assert report(capsys, "x" * 300)[0] == 1
+    assert "mend the file" in report(capsys, tmp_path / "garbage.npz")[1]
     for says in ("lost: there is no such", "cut.ply: ValueError", "none of its 1 scenes", "notes.txt: neither a model"):
         assert says in printed
     lines = printed.splitlines()

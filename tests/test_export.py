@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -121,9 +122,12 @@ def test_an_export_replaces_an_export_and_nothing_else(model_dir, tmp_path):
         export.write(tmp_path / "out", inference.load(model_dir), ())
     (tmp_path / "precious").mkdir()
     (tmp_path / "out.part").mkdir()
-    with pytest.raises(FileExistsError, match="holds no model"):
+    with pytest.raises(FileExistsError, match="no export wrote it"):
         export.write(tmp_path / "precious", inference.load(model_dir), ())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part", "precious"]
+    shutil.copytree(model_dir, tmp_path / "trained")
+    with pytest.raises(FileExistsError, match="no export wrote it"):
+        export.write(tmp_path / "trained", inference.load(model_dir), ())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part", "precious", "trained"]
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "precious").stat().st_mode
 
 

@@ -85,6 +85,7 @@ def test_a_search_through_a_folder_goes_on_past_a_broken_scan_and_names_it(model
     Scene("c", stray.astype(np.float32)).save_npz(scans / "c.npz")
     (scans / "d.ply").symlink_to("nowhere.ply")
     (scans / "e.ply").mkdir()
+    (scans / "._b.npz").write_bytes(b"what macOS keeps beside a file")
     with pytest.raises(SystemExit, match=r"3 of 4 scans left out:\n.*a.ply.*\n.*c.npz: points row 900.*\n.*d.ply"):
         ask(model_dir, f"--scene={scans}", "chair", "piano", f"--out={tmp_path / 'out'}")
     printed = capsys.readouterr().out
@@ -127,6 +128,7 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
         (["--scene={folder}/a.ply", "--labels=lost.txt"], "lost.txt: no such list"),
         (["--scene={folder}/a.ply", "chair", "--threshold=50"], "between 0 and 1"),
         (["--scene={folder}", "chair", "--out={folder}"], "would be overwritten"),
+        (["--scene={folder}/linked/c.ply", "chair", "--out={folder}/linked"], "would be overwritten"),
         (["--scene={folder}", "chair", "--out={folder}/a.ply"], "a.ply is a file: name a folder"),
         (["--scene={folder}/a.ply", "--labels=nyu40", "--without=lamp"], "nothing about --labels"),
         (["--scene=pyproject.toml", "chair"], "expected a .ply or .pcd or .npz or .xyz file"),
@@ -134,8 +136,25 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(model_dir, folder, arguments, message):
+    linked = folder / "linked"
+    if not linked.exists():
+        linked.mkdir()
+        (linked / "c.ply").symlink_to(folder / "a.ply")
     with pytest.raises(SystemExit, match=message):
         ask(model_dir, *[a.format(folder=folder) for a in arguments])
+
+
+def test_a_folder_that_cannot_be_written_is_no_scans_fault(model_dir, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(query.os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match=r"PermissionError: --out=.* cannot be written"):
+        ask(model_dir, f"--scene={folder / 'a.ply'}", "chair", f"--out={tmp_path}")
+
+
+def test_labels_that_the_stand_in_does_not_know_are_told(model_dir, folder, tmp_path, capsys):
+    labels = tmp_path / "words.txt"
+    labels.write_text("\n".join(["chair", *(f"qwx{i}" for i in range(12))]))
+    ask(model_dir, f"--scene={folder / 'b.npz'}", f"--labels={labels}", f"--out={tmp_path / 'out'}")
+    assert 'knows no word of "qwx0", "qwx1",' in capsys.readouterr().out
 
 
 def test_help_teaches_with_an_example(capsys):

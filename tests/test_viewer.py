@@ -4,6 +4,7 @@ import shutil
 import socket
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -47,6 +48,11 @@ def test_a_query_is_answered_as_the_model_does(answers, model, scene):
     expected = model.query(scene.points, ["red chair"], ["stool", "sofa"])[:, 0]
     np.testing.assert_allclose(answers.ask("red chair", ["stool", "sofa"]), expected, atol=1e-5)
     np.testing.assert_array_equal(answers.predicted, model.segment(scene.points, SYNTHETIC.classes)[0])
+
+
+def test_a_query_that_is_excluded_too_is_found_nowhere(answers):
+    for word in SYNTHETIC.classes:
+        assert answers.ask(word, [word, "bed", word]).max() <= 0.5
 
 
 def test_a_clicked_point_is_most_like_itself_and_has_the_labels_nearest_to_it(answers, model, scene):
@@ -254,10 +260,10 @@ class Client:  # records what a page does to a browser
 
 class Handle:
     def __init__(self, value):
-        self.value, self.content = value, ""
+        self.value, self.content, self.removed = value, "", False
 
     def remove(self):
-        pass
+        self.removed = True
 
     def on_update(self, action):
         self.act = action
@@ -310,6 +316,33 @@ def test_a_scan_that_cannot_be_opened_leaves_the_one_before(model, scene):
     page.scan.value = "broken"
     page.scan.act(None)
     assert "truncated" in page.said.content and page.scan.value == "one" and page.answers is known["one"]
+
+
+def test_a_click_stands_until_something_is_asked_and_its_mark_goes_with_it(model, scene):
+    known = {name: viewer.Answers(model, dataclasses.replace(scene, name=name), SYNTHETIC) for name in ("one", "two")}
+    page = viewer.Page(Client(), ["one", "two"], "one", known.__getitem__, 100)
+    click = types.SimpleNamespace(ray_origin=page.drawn[5] + [0, 0, 5], ray_direction=[0, 0, -1])
+
+    def clicked():
+        page._guarded(page.click)(click)
+        assert "is like it" in page.said.content and not page.marker.removed
+        return page.marker, page.scores
+
+    mark, scores = clicked()
+    page.without.value = "lamp"
+    page.without.act(None)  # excludes nothing from a click
+    assert page.scores is scores and "is like it" in page.said.content
+    page.words.value = "chair"
+    page.words.act(None)
+    assert mark.removed and page.marker is None and "chair&quot;:" in page.said.content
+    page.words.value = ""
+    page.words.act(None)
+    assert page.scores is None and page.said.content.count("Type what you look for") == 1
+    mark, _ = clicked()
+    page.scan.value = "two"
+    page.scan.act(None)
+    assert mark.removed and page.scores is None
+    np.testing.assert_array_equal(page.client.position, viewer.viewpoint(scene.points))
 
 
 def test_the_share_that_is_said_follows_the_threshold(answers):
