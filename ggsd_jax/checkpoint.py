@@ -3,10 +3,12 @@
 Of several processes the first writes, and each reads for itself: none waits for another in here.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,9 +44,28 @@ def manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
 
 
 def save(mngr: ocp.CheckpointManager, step: int, state: PyTree) -> None:
-    """Writes the state reached after `step` steps; a state of that step which is there already stays."""
+    """Writes the state reached after `step` steps; a state of that step which is there already stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if hosts.is_first() and step not in mngr.all_steps():
-        mngr.save(step, args=ocp.args.StandardSave(state))
+        with _written(Path(mngr.directory) / str(step)):
+            mngr.save(step, args=ocp.args.StandardSave(state))
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise where a disk is full, or gone, into an OSError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} could not be written; is the disk full? ({_summary(error)})") from error
+
+
+def _summary(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def restore(mngr: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
@@ -63,8 +84,7 @@ def restore(mngr: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
             f"to go on from the one before. {error}"
         ) from error
     except Exception as error:  # Orbax and TensorStore have many ways to meet half a copy
-        summary = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} is damaged: delete it to go on from the one before ({summary})") from error
+        raise ValueError(f"{folder} is damaged: delete it to go on from the one before ({_summary(error)})") from error
     return jax.tree.map(np.asarray, state)
 
 
@@ -85,12 +105,16 @@ def restore_end_of_stage1(directory: Path, step: int, like: PyTree) -> PyTree:
 
 
 def save_model(directory: Path, variables: PyTree, info: dict) -> None:
-    """Writes `variables` (parameters and batch-norm statistics) and `info` as a folder that can be shipped."""
+    """Writes `variables` (parameters and batch-norm statistics) and `info` as a folder that can be shipped.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     if not hosts.is_first():
         return
     temporary = directory.with_name(directory.name + ".tmp").resolve()
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+    with _written(directory), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
     (temporary / MODEL_FILE).write_text(json.dumps(info | {"checksum": _checksum(variables)}, indent=1))
     shutil.rmtree(directory, ignore_errors=True)

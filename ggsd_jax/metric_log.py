@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from ggsd_jax import hosts
@@ -116,14 +118,19 @@ class MetricLog:
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))  # in this thread: SummaryWriter's hangs on a full disk
+        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, int | float]) -> None:
         """Logs the values of one step under their names."""
-        self._file.write(json.dumps({"step": step, "time": time.time()} | values) + "\n")
+        now = time.time()
+        self._file.write(json.dumps({"step": step, "time": now} | values) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events.write_event(Event(wall_time=now, step=step, summary=scalar(name, value)))
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -63,7 +63,8 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     """
     settings = _content_settings(config)
     _named(DATASETS, "data.name", config.data.name)
-    if _is_there(config, settings, data_dir):
+    if is_prepared(config, data_dir):
+        shutil.rmtree(data_dir / "unfinished", ignore_errors=True)  # of a run that was killed at the very end
         return
     if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
         raise FileNotFoundError(
@@ -73,16 +74,16 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     builder = _Dataset(config, settings, data_dir, unfinished)
     data_dir.mkdir(parents=True, exist_ok=True)
     with _alone(data_dir):
-        if not _is_there(config, settings, data_dir):
+        if not is_prepared(config, data_dir):
             _build(builder, config.data.root)
 
 
-def _is_there(config: ml_collections.ConfigDict, settings: dict, data_dir: Path) -> bool:
+def is_prepared(config: ml_collections.ConfigDict, data_dir: Path) -> bool:
     """Whether `data_dir` holds the dataset; raises ValueError where it holds one that does not fit the config."""
     folder = _dataset_folder(data_dir)
     if folder is None:
         return False
-    _check_settings(folder, settings)
+    _check_settings(folder, _content_settings(config))
     space = tfds.builder_from_directory(folder).info.metadata["feature_space"]
     if space not in (teachers.SIMULATED, teachers.NONE):
         text.check_space(space, config.text.encoder)

@@ -1,8 +1,11 @@
 """A run from raw data to results: what is missing in the work directory is done, in order."""
 
+import contextlib
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,13 +24,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, 
     With `profile` the training leaves a trace of some steps (`profiling.StepTrace`).
 
     Raises:
-        ValueError: a value that no run can have; `workdir` belongs to another configuration; `eval.words` are not known
-            or have no embedding.
+        ValueError: a value that no run can have; `workdir` or the prepared data belongs to another configuration;
+            another process is at work in `workdir`; `eval.words` are not known or have no embedding.
     """
     limits.check(config)
     inference.keep_compiled_programs()
     if mode != "prepare":
         evaluate.check(config)
+    with _alone(workdir):
+        return _run(config, workdir, mode, profile)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: bool) -> dict | None:
     _claim(workdir, config)
     results_file = workdir / "results.json"
     complete, *_ = hosts.gather(results_file.exists())
@@ -41,6 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, 
         with _timed(workdir, "prepare"):
             if hosts.is_first():
                 prepare.prepare(config, data_dir)
+    prepare.is_prepared(config, data_dir)  # and fits the configuration; without it, training says what to do
     if mode in ("all", "train"):
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
@@ -67,6 +76,21 @@ def write_json(path: Path, value: object) -> None:
         file.write(json.dumps(value, indent=1).encode())
 
 
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of a work directory; a process that is killed lets go."""
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            with contextlib.suppress(OSError):  # a folder that cannot be written, or has no locks
+                workdir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((workdir / ".lock").open("w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"{workdir}: another process is at work here; give another --workdir") from None
+        yield
+
+
 def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes `config.json`, or makes sure that the one there says the same once training has begun under it.
 
@@ -75,7 +99,8 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
-    begun = path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))
+    states = [state for state in (workdir / "checkpoints").glob("*") if state.name.isdigit()]
+    begun = path.exists() and (states or any((workdir / name).exists() for name in ("stage1", "model", "results.json")))
     if hosts.is_first() and not begun:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -136,9 +161,11 @@ class _timed:
         self.start = time.monotonic()
 
     def __exit__(self, *failure):
+        failed = any(failure)
         if hosts.is_first():
             seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
             seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
-            write_json(self.path, seconds)
-        if not any(failure):
+            with contextlib.suppress(*[OSError] * failed):  # which would hide the failure
+                write_json(self.path, seconds)
+        if not failed:
             hosts.wait()

@@ -256,7 +256,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path, *, p
         "prompt": config.text.prompt,
         "label_set": config.data.label_set,
         "classes": list(labels.classes),
-        "trained_on": {"dataset": config.data.name, "teacher": prepare.teacher_name(config), "scenes": len(source)},
+        "trained_on": {
+            "dataset": config.data.name,
+            "teacher": prepare.teacher_name(config),
+            "scenes": len(source) // source.chunks,
+        },
     }
 
     compiled: set[tuple[int, int, int]] = set()

@@ -1,7 +1,9 @@
+import errno
 import json
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ggsd_jax.metric_log import MetricLog, NonFiniteError, StepLog
 
@@ -21,6 +23,35 @@ def test_a_resumed_log_drops_what_was_written_after_the_checkpoint_and_a_torn_li
     log.write(6, {"loss": 0.5})
     log.close()
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def test_tensorboard_finds_every_value_and_where_a_resumed_run_went_on(tmp_path):
+    for step, first in ((0, 2), (4, 6)):
+        log = MetricLog(tmp_path, step)
+        log.write(first, {"loss": 0.5, "stage": 1})
+        log.close()
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        content, events = file.read_bytes(), []
+        while content:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(content[:8], "little")
+            events.append(Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+        file.unlink()
+        assert events[0].file_version == "brain.Event:2"
+        assert events[1].session_log.status == SessionLog.START and events[1].step == step + 1
+        values = [(event.step, value.tag, value.simple_value) for event in events[2:] for value in event.summary.value]
+        assert values == [(first, "loss", 0.5), (first, "stage", 1.0)]
+
+
+def test_a_full_disk_ends_the_run_and_does_not_hang_it(tmp_path, monkeypatch):
+    log = MetricLog(tmp_path, 0)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log._events._py_recordio_writer, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.write(2, {f"value {i}": 0.0 for i in range(100)})
 
 
 def step_terms(loss: float) -> dict:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 
 import ml_collections
@@ -25,11 +26,35 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_a_field_can_be_mended_until_training_has_begun(tmp_path):
     for root in ("/nope", "/data"):
         _claim(tmp_path, ml_collections.ConfigDict({"root": root}))
-    (tmp_path / "checkpoints").mkdir()  # a run that was refused before its first step
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)  # killed while it wrote its first state
     _claim(tmp_path, ml_collections.ConfigDict({"root": "/data"}))
     (tmp_path / "checkpoints" / "20").mkdir()
     with pytest.raises(ValueError, match="root is '/data' there and '/nope' here"):
         _claim(tmp_path, ml_collections.ConfigDict({"root": "/nope"}))
+
+
+@pytest.mark.parametrize("left", ["stage1", "model", "results.json"])
+def test_a_run_whose_states_were_deleted_keeps_its_configuration(tmp_path, left):
+    _claim(tmp_path, ml_collections.ConfigDict({"root": "/data"}))
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match="root is '/data' there and '/nope' here"):
+        _claim(tmp_path, ml_collections.ConfigDict({"root": "/nope"}))
+
+
+def test_a_second_process_is_kept_out_of_a_work_directory(tmp_path):
+    config = load_config("synthetic")
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at work here"):
+            run.run(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_failed_part_cannot_note_does_not_hide_why_it_failed(tmp_path):
+    with pytest.raises(KeyError, match="why"), run._timed(tmp_path / "gone", "train"):
+        raise KeyError("why")
+    with pytest.raises(FileNotFoundError), run._timed(tmp_path / "gone", "train"):
+        pass
 
 
 def test_how_a_run_is_evaluated_can_change_and_its_old_results_go(tmp_path):

@@ -80,6 +80,17 @@ def test_a_killed_and_resumed_run_ends_with_the_bits_of_one_never_killed(finishe
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
+def test_data_that_was_prepared_otherwise_is_not_trained_on(finished, tmp_path):
+    changes = {"data.prepared": str(finished / "data"), "superpoints.seed_resolution": 0.3}
+    for mode in ("train", "eval"):
+        with pytest.raises(ValueError, match="was prepared with superpoints.seed_resolution="):
+            run.run(miniature(**changes), tmp_path, mode)
+
+
+def test_the_model_knows_how_many_scenes_it_learned_from(finished):
+    assert json.loads((finished / "model" / "model.json").read_text())["trained_on"]["scenes"] == 4
+
+
 def test_the_log_of_a_resumed_run_has_every_step_once_and_every_term(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
