@@ -1,13 +1,14 @@
-"""What XLA makes of the training step for a GPU that is not at hand: memory, and the bytes it moves, by part.
+"""What XLA makes of training step and inference for a GPU that is not at hand: memory, and bytes moved, by part.
 
   V=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
   .venv/bin/pip install --target=cuda --no-deps jax-cuda12-plugin==$V jax-cuda12-pjrt==$V nvidia-cuda-nvcc-cu12
   PYTHONPATH=cuda .venv/bin/python -m experiments.gpu_program --gpu h100 a100 --dtype bfloat16
 
-The step of configs/scannet.py is compiled whole, by the compiler a GPU would use, and nothing is run. Memory is what
-the program allocates beside the next batch. Bytes count every array once where an instruction reads or writes it; a
-convolution's rows that are read again for other neighbours are expected in the cache. Bytes over bandwidth is the
-least time a step can take, not a measurement. What loops move is not counted: on a T4, the convolutions.
+The step of configs/scannet.py, and its network alone, are compiled whole by the compiler a GPU would use, and nothing
+is run. Memory is what a program allocates beside the next batch. Bytes count every array once where an instruction
+reads or writes it; a convolution's rows that are read again for other neighbours are expected in the cache. Bytes over
+bandwidth is the least time a program can take, not a measurement. What loops move is not counted: on a T4, the
+convolutions.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def compile_step(gpu: Gpu, voxels: int, dtype: str, stage: int, apart: bool = Fa
     """The step of configs/scannet.py on one scene of about so many voxels: (compiled program, rows of level 0).
 
     The scene is of walls and a floor, as open a surface as ScanNet's vertices at 2 cm; with `apart` it is given the
-    room for coarse rows that nuScenes' sweeps at 5 cm need.
+    room for coarse rows that nuScenes' sweeps at 5 cm need. Stage 0 is inference.
     """
     config = scannet(1, dtype)
     text = np.zeros((CLASSES, loader_bench.CHANNELS), np.float32)
@@ -115,6 +116,11 @@ def compile_step(gpu: Gpu, voxels: int, dtype: str, stage: int, apart: bool = Fa
     state = jax.eval_shape(lambda batch: initial_state(model, optimizer, batch, 0), one)
     replicated = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), (state, one))
     with absent(gpu) as devices:
+        if stage == 0:
+            infer = jax.pmap(functools.partial(model.apply, train=False), devices=devices)
+            network, scene = replicated
+            lowered = infer.lower(network.teacher, scene.feats, scene.pyramid)
+            return lowered.compile(), batch.bucket
         step = jax.pmap(
             functools.partial(train_step, model=model, optimizer=optimizer, loss=config.loss, stage=stage),
             axis_name=AXIS,
@@ -219,7 +225,7 @@ def main() -> None:
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100"], help="compiled for; default h100")
     parser.add_argument("--voxels", type=int, nargs="+", default=[100_000], help="of the scene; default 100000")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--stage", type=int, nargs="+", choices=[1, 2], default=[1, 2])
+    parser.add_argument("--stage", type=int, nargs="+", choices=[0, 1, 2], default=[0, 1, 2], help="0 is inference")
     parser.add_argument("--apart", action="store_true", help="with the coarse rows of points far apart, as nuScenes'")
     given = parser.parse_args()
     if min(given.voxels) < 1:
@@ -238,7 +244,10 @@ def main() -> None:
         total = sum(moved.values())
         cells = [f"{rows:,}", f"{memory / 1e9:.2f}", *(f"{moved[part] / 1e9:.2f}" for part in PARTS)]
         cells += [f"{total / 1e9:.1f}", f"{1e3 * total / GPUS[gpu].bandwidth:.1f}"]
-        print(f"| {GPUS[gpu].name}, {dtype}, stage {stage} | " + " | ".join(cells) + " |", flush=True)
+        print(
+            f"| {GPUS[gpu].name}, {dtype}, {f'stage {stage}' if stage else 'inference'} | " + " | ".join(cells) + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kernels.precision import matmul_precision
-from kernels.sparse_conv import sparse_conv
+from kernels.sparse_conv import Epilogue, sparse_conv
 from kernels.voxel_grid import KernelMap, Pyramid, build_pyramid
 
 # Residual blocks and widths of the eight stages, from MinkowskiEngine's examples/minkunet.py
@@ -82,7 +82,9 @@ class SparseConv(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N Cin"], kernel_map: KernelMap) -> Float[Array, "M Cout"]:
+    def __call__(
+        self, x: Float[Array, "N Cin"], kernel_map: KernelMap, epilogue: Epilogue | None = None
+    ) -> Float[Array, "M Cout"]:
         shape = (kernel_map.kernel_volume, x.shape[-1], self.features)
         init = _TRANSPOSED_INIT if self.transposed else _CONV_INIT
         kernel = jnp.asarray(self.param("kernel", init, shape, jnp.float32), self.dtype)
@@ -92,6 +94,7 @@ class SparseConv(nn.Module):
             kernel_map,
             transposed=self.transposed,
             implementation=self.implementation,
+            epilogue=epilogue,
         )
 
 
@@ -110,31 +113,37 @@ class MaskedBatchNorm(nn.Module):
     which torch refuses).
     """
 
+    features: int
     axis_name: str | None = None
     momentum: float = 0.1  # weight of the new statistics
     epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "N C"], mask: Bool[Any, " N"], train: bool) -> Float[Array, "N C"]:
-        channels = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    def setup(self):
+        shape = (self.features,)
+        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        self.scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        self.bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
 
+    def __call__(self, x: Float[Array, "N C"], mask: Bool[Any, " N"], train: bool) -> Float[Array, "N C"]:
         keep = jnp.asarray(mask)[:, None]
         if train:
             axis_name = None if self.is_initializing() else self.axis_name
-            y, mean, squares, count = _normalize(axis_name, self.epsilon, x, keep, scale, bias)
+            y, mean, squares, count = _normalize(axis_name, self.epsilon, x, keep, self.scale, self.bias)
             if not self.is_initializing():
                 unbiased = squares / jnp.maximum(count - 1, 1)
-                running_mean.value += self.momentum * (mean - running_mean.value)
-                running_var.value += self.momentum * (unbiased - running_var.value)
+                self.running_mean.value += self.momentum * (mean - self.running_mean.value)
+                self.running_var.value += self.momentum * (unbiased - self.running_var.value)
         else:
-            x = _at_least_float32(x)
-            y = (x - running_mean.value) * (jax.lax.rsqrt(running_var.value + self.epsilon) * scale) + bias
+            mean, scale, bias = self.running()
+            y = (_at_least_float32(x) - mean) * scale + bias
         return jnp.where(keep, y, 0).astype(self.dtype)
+
+    def running(self) -> tuple[Float[Any, " C"], Float[Any, " C"], Float[Any, " C"]]:
+        """Mean, scale and bias by the running statistics."""
+        scale = jax.lax.rsqrt(self.running_var.value + self.epsilon) * self.scale
+        return self.running_mean.value, scale, self.bias
 
 
 def _at_least_float32(x):
@@ -206,6 +215,14 @@ def _relu_backward(y, grad):
 _relu.defvjp(_relu_forward, _relu_backward)
 
 
+def _conv_norm_relu(conv: SparseConv, norm: MaskedBatchNorm, x, kernel_map, mask, train: bool, shortcut=None):
+    """ReLU of the normalised convolution and the shortcut, in one kernel where the statistics are known before."""
+    if not train:
+        return conv(x, kernel_map, Epilogue(*norm.running(), jnp.asarray(mask), shortcut))
+    y = norm(conv(x, kernel_map), mask, train)
+    return _relu(y if shortcut is None else y + shortcut)
+
+
 class BasicBlock(nn.Module):
     """Two 3^3 convolutions and a shortcut, which is a 1x1 convolution where the width changes."""
 
@@ -219,13 +236,12 @@ class BasicBlock(nn.Module):
         self, x: Float[Array, "N Cin"], kernel_map: KernelMap, mask: Bool[Any, " N"], train: bool
     ) -> Float[Array, "N Cout"]:
         conv = functools.partial(SparseConv, self.features, dtype=self.dtype, implementation=self.implementation)
-        norm = functools.partial(MaskedBatchNorm, self.axis_name, dtype=self.dtype)
-        y = _relu(norm(name="norm1")(conv(name="conv1")(x, kernel_map), mask, train))
-        y = norm(name="norm2")(conv(name="conv2")(y, kernel_map), mask, train)
+        norm = functools.partial(MaskedBatchNorm, self.features, self.axis_name, dtype=self.dtype)
+        y = _conv_norm_relu(conv(name="conv1"), norm(name="norm1"), x, kernel_map, mask, train)
         if x.shape[-1] != self.features:
             x = _pointwise(self.features, self.dtype, "downsample_0")(x)
             x = norm(name="downsample_1")(x, mask, train)
-        return _relu(y + x)
+        return _conv_norm_relu(conv(name="conv2"), norm(name="norm2"), y, kernel_map, mask, train, x)
 
 
 class MinkUNet(nn.Module):
@@ -258,9 +274,9 @@ class MinkUNet(nn.Module):
         masks = [pyramid.mask(level) for level in range(5)]
 
         def conv_norm_relu(x, conv, norm, width, kernel_map, level, transposed=False):
-            x = SparseConv(width, transposed, self.dtype, self.implementation, name=conv)(x, kernel_map)
-            x = MaskedBatchNorm(self.axis_name, dtype=self.dtype, name=norm)(x, masks[level], train)
-            return _relu(x)
+            conv = SparseConv(width, transposed, self.dtype, self.implementation, name=conv)
+            norm = MaskedBatchNorm(width, self.axis_name, dtype=self.dtype, name=norm)
+            return _conv_norm_relu(conv, norm, x, kernel_map, masks[level], train)
 
         def stage(x, number, level):
             block_class = nn.remat(BasicBlock, static_argnums=4) if level < self.remat else BasicBlock

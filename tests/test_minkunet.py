@@ -122,6 +122,8 @@ def test_float64_network_reproduces_minkowski_engine(shared, case, mode):
 
     stages = {name: value["__call__"][0] for name, value in updated["intermediates"].items()}
     for stage, level in STAGE_LEVEL.items():
+        if stage == "conv0p1s1" and mode == "eval":  # ends with its batch norm there
+            continue
         values = stages[stage if stage == "conv0p1s1" else f"{stage}_1"][: pyramid.num_voxels[level]]
         if level:
             expected_coords = golden[f"stage_coords_ts{2**level}"]
@@ -370,8 +372,8 @@ def test_batch_norm_is_minkowski_engines(shared, file, train, dtype, tolerance):
     before = {key.removeprefix("bn__"): golden[key] for key in golden.files if key.startswith("bn__")}
     prefix = "bn_train__" if train else "bn_eval__"
     expected = {key.removeprefix(prefix): golden[key] for key in golden.files if key.startswith(prefix)}
-    norm = MaskedBatchNorm(dtype=dtype)
-    n = len(before["in_feats"])
+    n, channels = before["in_feats"].shape
+    norm = MaskedBatchNorm(channels, dtype=dtype)
     mask = np.arange(n + 37) < n
     with jax.enable_x64(dtype == "float64"):
         x, cotangent = (padded(before[k].astype(dtype), n + 37, before[k].shape[1]) for k in ("in_feats", "grad_out"))
@@ -401,7 +403,7 @@ def test_statistics_of_channels_far_from_zero_do_not_cancel(first, valid):
     x = (1000 + np.random.default_rng(0).standard_normal((n, 3))).astype(np.float32)
     x[0], mask = first, np.arange(n) > -1
     mask[0] = valid
-    norm, given = MaskedBatchNorm(momentum=1.0), jnp.asarray(x)
+    norm, given = MaskedBatchNorm(3, momentum=1.0), jnp.asarray(x)
     variables = norm.init(jax.random.key(0), given, mask, True)
     out, updated = norm.apply(variables, given, mask, True, mutable=["batch_stats"])
     rows = x[mask].astype(np.float64)
@@ -419,7 +421,7 @@ def test_four_replicas_with_unequal_counts_normalise_as_one_batch():
     mask = np.arange(capacity) < np.array(counts)[:, None]
 
     def apply(params, x, mask, cotangent, axis_name):
-        norm = MaskedBatchNorm(axis_name, dtype="float64")
+        norm = MaskedBatchNorm(channels, axis_name, dtype="float64")
         stats = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
 
         def loss(params, x):

@@ -20,7 +20,7 @@ from test_sparse_conv import assert_close, check_second_order_and_vmap, problem_
 
 from ggsd_jax import inference
 from ggsd_jax.minkunet import MinkUNet, architecture
-from kernels.sparse_conv import api, pallas_triton, sparse_conv, tuning
+from kernels.sparse_conv import Epilogue, api, pallas_triton, sparse_conv, tuning
 from kernels.sparse_conv.shapes import AWKWARD, NETWORK
 from kernels.sparse_conv.target import INTERPRET, targeting
 from kernels.sparse_conv.tuning import Blocks
@@ -318,7 +318,7 @@ def network_kernels() -> list[tuple[int, int, int]]:
 
 
 def kernels_of(volume, channels_in, channels_out, dtype, arch) -> list[triton_ir.Kernel]:
-    """What forward and both gradients of a convolution launch."""
+    """What forward, with an epilogue and without, and both gradients of a convolution launch."""
     rows, (tiles, tile) = 100_000, (1700, 1024)
     spec = jax.ShapeDtypeStruct
     num_out = rows if volume % 2 else rows // 4
@@ -328,7 +328,9 @@ def kernels_of(volume, channels_in, channels_out, dtype, arch) -> list[triton_ir
     def compute(x, w, grad_out, m):
         conv = functools.partial(sparse_conv, kernel_map=m, implementation="pallas_triton")
         out, pull_back = jax.vjp(conv, x, w)
-        return out, *pull_back(grad_out)
+        of_channel = jnp.ones(channels_out)
+        end = Epilogue(of_channel, of_channel, of_channel, jnp.ones(num_out, bool), grad_out)
+        return out, *pull_back(grad_out), conv(x, w, epilogue=end)
 
     x, w = spec((rows, channels_in), dtype), spec((volume, channels_in, channels_out), dtype)
     return triton_ir.lowered_kernels(compute, x, w, spec((num_out, channels_out), dtype), m, arch=arch)
@@ -338,7 +340,7 @@ def kernels_of(volume, channels_in, channels_out, dtype, arch) -> list[triton_ir
 def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype):
     for shape in network_kernels():
         kernels = kernels_of(*shape, dtype, "sm_80")
-        assert len(kernels) == 3, shape
+        assert len(kernels) == 4, shape
         assert not any(b"atomic" in kernel.code for kernel in kernels), shape
 
 

@@ -174,6 +174,8 @@ def _function(operation) -> Callable[..., tuple]:
         return one(lambda: value)
     if name == "arith.cmpi":
         return one({0: np.equal, 1: np.not_equal, 2: np.less, 3: np.less_equal}[integer("predicate")])
+    if name == "arith.cmpf":
+        return one({2: np.greater, 4: np.less}[integer("predicate")])
     if name == "tt.make_range":
         numbers = np.arange(integer("start"), integer("end"), dtype=np.int32)
         return one(lambda: numbers)
@@ -233,5 +235,9 @@ _ARITHMETIC = {
     "arith.remsi": lambda a, b: np.fmod(a, b).astype(np.int32),
     "arith.divui": lambda a, b: np.floor_divide(a, b),  # of program numbers: not negative
     "arith.remui": lambda a, b: np.remainder(a, b),
+    "arith.andi": np.bitwise_and,
     "arith.addf": np.add,
+    "arith.subf": np.subtract,
+    "arith.mulf": np.multiply,
+    "arith.select": np.where,
 }

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kernels.sparse_conv import cpu, pallas_triton, reference, xla
+from kernels.sparse_conv.epilogue import Epilogue
 from kernels.voxel_grid import KernelMap
 
 _IMPLEMENTATIONS = {
@@ -25,6 +26,7 @@ def sparse_conv(
     *,
     transposed: bool = False,
     implementation: str | None = None,
+    epilogue: Epilogue | None = None,
 ) -> Float[Array, "M Cout"]:
     """Sparse convolution: `out[j]` is the sum over the map's pairs (i, j, k) of `features[i] @ weights[k]`.
 
@@ -39,6 +41,8 @@ def sparse_conv(
         transposed: exchange the map's sides; a stride-2 map then leads from coarse to fine.
         implementation: "reference" (the definition, slow), "xla" (any device), "cpu" (float32 on CPUs), "pallas_triton"
             (NVIDIA GPUs of compute capability 8.0 and above), or None for the fastest that the default device supports.
+        epilogue: what becomes of the rows. The Triton kernels end with it, which saves a pass over the output; when its
+            gradient is taken, and on other implementations, it is a pass of its own.
     Returns:
         One row per output voxel of the map, of the features' dtype; zeros for a voxel without a pair.
     Raises:
@@ -73,7 +77,19 @@ def sparse_conv(
         implementation = fastest(features.dtype)
     elif implementation in _OBSTACLES and (obstacle := _OBSTACLES[implementation](features.dtype)):
         raise NotImplementedError(f"{implementation} does not run here: {obstacle}; implementation=None picks another")
-    return _IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed)
+    if epilogue is None:
+        return _IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed)
+    _check(epilogue, kernel_map.num_in if transposed else kernel_map.num_out, weights.shape[2])
+    if implementation == "pallas_triton":
+        return pallas_triton.sparse_conv(features, weights, kernel_map, transposed, epilogue)
+    return epilogue(_IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed))
+
+
+def _check(epilogue: Epilogue, rows: int, channels: int) -> None:
+    expected = Epilogue((channels,), (channels,), (channels,), (rows,), (rows, channels))
+    for name, value, shape in zip(Epilogue._fields, epilogue, expected, strict=True):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"epilogue.{name} has shape {value.shape}: expected {shape}, as of the output")
 
 
 def fastest(dtype: DTypeLike) -> str:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.sparse_conv import tuning
+from kernels.sparse_conv.epilogue import Epilogue
 from kernels.sparse_conv.gradients import differentiable, exchanged, oriented
 from kernels.sparse_conv.target import INTERPRET, default_target
 from kernels.sparse_conv.tuning import Blocks
@@ -59,10 +60,12 @@ def unsupported(dtype) -> str | None:
     return None
 
 
-def sparse_conv(features, weights, kernel_map, transposed):
+def sparse_conv(features, weights, kernel_map, transposed, epilogue=None):
     """See `api.sparse_conv`."""
     num_out, pairs = oriented(kernel_map, transposed)
-    return _conv(num_out, features, weights, pairs)
+    if epilogue is None:
+        return _conv(num_out, features, weights, pairs)
+    return _conv_and_epilogue(num_out, features, weights, pairs, epilogue)
 
 
 def _plan(kernel: str, channels_in: int, channels_out: int, volume: int, dtype) -> _Plan:
@@ -154,8 +157,8 @@ def _call(kernel, grid, out, plan: _Plan, name: str, *arguments):
     return call(*arguments)
 
 
-def _convolve(num_out: int, features, weights, pairs):
-    """Sum over the pairs (i, j, k) of `features[i] @ weights[k]`, for every j."""
+def _convolve(num_out: int, features, weights, pairs, epilogue: Epilogue | None = None):
+    """Sum over the pairs (i, j, k) of `features[i] @ weights[k]`, for every j; what the epilogue makes of it."""
     volume, channels_in, channels_out = weights.shape
     plan = _plan("conv", channels_in, channels_out, volume, weights.dtype)
     blocks = plan.blocks
@@ -166,7 +169,8 @@ def _convolve(num_out: int, features, weights, pairs):
     steps = padded_in // step
     parts = _powers(width)
 
-    def kernel(count_ref, offset_ref, index_ref, order_ref, x_ref, w_ref, out_ref):
+    def kernel(count_ref, offset_ref, index_ref, order_ref, x_ref, w_ref, *more_refs):
+        *epilogue_refs, out_ref = more_refs
         tile, column = pl.program_id(0), pl.program_id(1) * width
 
         def add_product(t, sums):
@@ -183,6 +187,8 @@ def _convolve(num_out: int, features, weights, pairs):
         rows = order_ref[pl.ds(tile * blocks.rows, blocks.rows)]
         for s, (start, size) in zip(sums, parts, strict=True):
             columns = column + start + jnp.arange(size, dtype=jnp.int32)
+            if epilogue_refs:
+                s = _finish(s, rows, columns, num_out, channels_out, *epilogue_refs)
             target = out_ref.at[rows[:, None], columns[None, :]]
             plgpu.store(target, s.astype(out_ref.dtype), mask=(rows < num_out)[:, None])
 
@@ -190,7 +196,26 @@ def _convolve(num_out: int, features, weights, pairs):
     w = _pad_channels(weights, padded_in, groups * width)
     out = jax.ShapeDtypeStruct((num_out, groups * width), features.dtype)
     grid = tiles.order.size // blocks.rows, groups
-    return _call(kernel, grid, out, plan, "sparse_conv", *tiles, x, w)[:, :channels_out]
+    more = []
+    if epilogue is not None:
+        more = [_pad_channels(v.astype(jnp.float32), groups * width) for v in epilogue[:3]]
+        more += [epilogue.keep.astype(jnp.int32)] + ([] if epilogue.residual is None else [epilogue.residual])
+    return _call(kernel, grid, out, plan, "sparse_conv", *tiles, x, w, *more)[:, :channels_out]
+
+
+def _finish(sums, rows, columns, num_out: int, channels: int, *refs):
+    """The epilogue of some rows and columns of the sums."""
+    *of_channels, keep_ref, residual_ref = refs if len(refs) == 5 else (*refs, None)
+    mean, scale, bias = (plgpu.load(ref.at[columns])[None, :] for ref in of_channels)
+    there = rows < num_out
+    out = (sums - mean) * scale + bias
+    if residual_ref is not None:
+        mask = there[:, None] & (columns < channels)[None, :]
+        residual = plgpu.load(residual_ref.at[rows[:, None], columns[None, :]], mask=mask, other=0.0)
+        out += residual.astype(jnp.float32)
+    keep = plgpu.load(keep_ref.at[rows], mask=there, other=0)
+    out = jnp.where(out < 0.0, 0.0, out)  # Triton's maximum would hide a NaN
+    return jnp.where((keep != 0)[:, None], out, 0.0)
 
 
 def _weight_gradient(features, grad_out, pairs, volume: int):
@@ -253,3 +278,21 @@ def _back(weights, pairs):
 
 
 _conv = differentiable(_convolve, _weight_gradient, _back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_and_epilogue(num_out, features, weights, pairs, epilogue):
+    return _convolve(num_out, features, weights, pairs, epilogue)
+
+
+def _in_two_passes(num_out, features, weights, pairs, epilogue):
+    """The output, and the function that takes its gradient back: that needs the rows before the epilogue."""
+    return jax.vjp(lambda x, w, end: end(_conv(num_out, x, w, pairs)), features, weights, epilogue)
+
+
+def _take_back(num_out, back, grad_out):
+    features, weights, epilogue = back(grad_out)
+    return features, weights, None, epilogue
+
+
+_conv_and_epilogue.defvjp(_in_two_passes, _take_back)
