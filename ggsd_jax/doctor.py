@@ -222,7 +222,10 @@ def _encoder(given: Path) -> str:
 
 
 def _holds_embeddings(given: Path) -> bool:
-    return given.suffix == ".npz" and zipfile.is_zipfile(given) and "embedding.npy" in zipfile.ZipFile(given).namelist()
+    if given.suffix != ".npz" or not zipfile.is_zipfile(given):
+        return False
+    with zipfile.ZipFile(given) as archive:
+        return "embedding.npy" in archive.namelist()
 
 
 def _is_cloud(given: Path) -> bool:

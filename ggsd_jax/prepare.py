@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -35,6 +34,7 @@ from data.projection import fuse
 from data.scene import Scene, check_labels
 from data.synthetic import SYNTHETIC
 from ggsd_jax.datasets import DATASETS, LeftOut, RawScene, Readers, cut_superpoints, in_order
+from ggsd_jax.lock import alone
 from ggsd_jax.vision_language import teachers, text
 
 _NOT_CONTENT = {"prepared", "prepare_workers", "voxel_size", "augment", "input_color", "loop", "workers"}
@@ -73,7 +73,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     unfinished = data_dir / "unfinished" / f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
     builder = _Dataset(config, settings, data_dir, unfinished)
     data_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(data_dir):
+    with alone(data_dir, wait=True):
         if not is_prepared(config, data_dir):
             _build(builder, config.data.root)
 
@@ -88,20 +88,6 @@ def is_prepared(config: ml_collections.ConfigDict, data_dir: Path) -> bool:
     if space not in (teachers.SIMULATED, teachers.NONE):
         text.check_space(space, config.text.encoder)
     return True
-
-
-@contextlib.contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """Waits until no other process builds in `data_dir`; a process that is killed lets go."""
-    with (data_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("waiting for another process that is preparing %s", data_dir)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logging.warning("%s has no locks (%s): let no other process prepare it meanwhile", data_dir, error)
-        yield
 
 
 def _build(builder: "_Dataset", root: str) -> None:

@@ -1,7 +1,6 @@
 """A run from raw data to results: what is missing in the work directory is done, in order."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from absl import logging
 
 from data.ply import replacing
 from ggsd_jax import evaluate, hosts, inference, limits, prepare, train
+from ggsd_jax.lock import alone
 
 MODES = ["all", "prepare", "train", "eval"]
 
@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, 
     inference.keep_compiled_programs()
     if mode != "prepare":
         evaluate.check(config)
-    with _alone(workdir):
+    with _claimed(workdir):
         return _run(config, workdir, mode, profile)
 
 
@@ -77,17 +77,17 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of a work directory; a process that is killed lets go."""
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a work directory."""
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
-            with contextlib.suppress(OSError):  # a folder that cannot be written, or has no locks
+            try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((workdir / ".lock").open("w"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"{workdir}: another process is at work here; give another --workdir") from None
+                stack.enter_context(alone(workdir, wait=False))
+            except BlockingIOError:
+                raise ValueError(f"{workdir}: another process is at work here; give another --workdir") from None
+            except OSError:  # what is complete can be looked at where nothing can be written
+                pass
         yield
 
 
@@ -165,7 +165,10 @@ class _timed:
         if hosts.is_first():
             seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
             seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
-            with contextlib.suppress(*[OSError] * failed):  # which would hide the failure
+            try:
                 write_json(self.path, seconds)
+            except OSError:
+                if not failed:  # it would hide the failure
+                    raise
         if not failed:
             hosts.wait()

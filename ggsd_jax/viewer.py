@@ -403,7 +403,9 @@ def serve(
 
     @server.on_client_connect
     def _(client: Any) -> None:
-        pages[client.client_id] = Page(client, list(known), first, answers_of, max_sent)
+        page = Page(client, list(known), first, answers_of, max_sent)
+        if client.client_id in server.get_clients():  # it may have left meanwhile
+            pages[client.client_id] = page
 
     @server.on_client_disconnect
     async def _(client: Any) -> None:
