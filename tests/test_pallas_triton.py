@@ -127,15 +127,19 @@ def test_row_tiles_hold_every_pair_once_and_their_live_offsets_first():
     np.testing.assert_array_equal((tiles.index < m.num_in).any(2), np.arange(125) < tiles.count[:, None])
 
 
-def test_sorting_rows_by_their_neighbours_saves_visits():
-    m, _ = kernel_map(NETWORK["level 0"]._replace(voxels=4000).coords(), kernel_size=3)
+def test_sorting_rows_by_the_sides_of_their_neighbours_saves_visits():
+    """On a scanned sphere; sorted by single offsets, the rare ones as high bits, tiles visit 0.70 of the unsorted."""
+    on_sphere = np.random.default_rng(0).normal(size=(20_000, 3))
+    on_sphere *= 40 / np.linalg.norm(on_sphere, axis=1, keepdims=True)
+    coords = np.unique(np.floor(on_sphere).astype(np.int32), axis=0)
+    m, _ = kernel_map(np.pad(coords, ((0, 0), (1, 0))), kernel_size=3)
     pairs = (m.in_index, m.out_index, m.offset_index, m.num_tiles)
     sizes = dict(kernel_volume=27, num_in=m.num_in, num_out=m.num_out)
-    sorted_visits = 64 * int(pallas_triton._row_tiles(pairs, rows=64, **sizes).count.sum())
+    visits = int(pallas_triton._row_tiles(pairs, rows=64, **sizes).count.sum())
     unsorted = np.zeros((-(-m.num_out // 64), 27), bool)
     valid = m.out_index < m.num_out
     unsorted[m.out_index[valid] // 64, np.broadcast_to(m.offset_index[:, None], valid.shape)[valid]] = True
-    assert valid.sum() <= sorted_visits < 0.9 * 64 * unsorted.sum()
+    assert valid.sum() <= 64 * visits < 0.65 * 64 * unsorted.sum()
 
 
 @pytest.mark.parametrize("name", ["several scenes", "several scenes, stride 2"])
@@ -346,7 +350,7 @@ def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype)
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32", "tensorfloat32"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, monkeypatch):
+def test_kernels_of_the_network_keep_sums_in_registers_and_operands_on_the_way(arch, precision, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", reason="the triton wheel compiles kernels without a GPU")
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -380,6 +384,9 @@ def test_no_kernel_of_the_network_spills_registers(arch, precision, tmp_path, mo
             print(f"{arch} {precision} {shape} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
             assert spilled == 0, (shape, name)
             assert shared <= 99 * 1024, (shape, name)  # what a block may have on sm_86, sm_89 and sm_120, the least
+            # the pipeline has the gathers, 16 bytes at a time (Hopper wants tf32 transposed: 4); tensor cores multiply
+            assert f"cp.async.{'c' if tf32 else 'cg'}" in kernel.asm["ptx"], (shape, name)
+            assert ("mma" in kernel.asm["ptx"]) == (precision != "float32"), (shape, name)
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU

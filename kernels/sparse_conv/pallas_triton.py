@@ -1,21 +1,22 @@
 """Sparse convolution for NVIDIA GPUs of compute capability 8.0 and above: Pallas kernels, compiled by Triton.
 
-An implicit GEMM, stationary in the output. Output rows are sorted by the set of offsets under which they have a
-neighbour, so that a tile of rows shares most of them; each tile visits its live offsets alone, gathers one input
-row per output row and adds one dense product (the design of spconv 2 and TorchSparse++, arXiv 2311.12862). The
-gradient in the features is the same kernel on the map seen from its other side. The gradient in the weights runs
-over the pairs of one offset in a fixed number of parts, summed at the end. Sums are float32 and nothing is
-atomic: the same input gives the same bits.
+An implicit GEMM, stationary in the output. Output rows are sorted by the sides on which they have neighbours, so that
+the rows of a tile share most offsets; each tile visits its live offsets alone, gathers one input row per output row and
+adds one dense product (the design of spconv 2 and TorchSparse++, arXiv 2311.12862). The gradient in the features is
+the same kernel on the map seen from its other side. The gradient in the weights runs over the pairs of one offset in a
+fixed number of parts, summed at the end. Sums are float32 and nothing is atomic: the same input gives the same bits.
 
 The tiles are derived from the map's pairs on the device. All convolutions over a map ask for the same ones, and
 under jit the compiler computes them once.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -27,7 +28,6 @@ from kernels.sparse_conv.target import INTERPRET, default_target
 from kernels.sparse_conv.tuning import Blocks
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MASK_BITS = 31  # of a sort key; larger kernels share bits
 _CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
 _MOST_ELEMENTS = 2**31 - 1  # of an array: the kernels' indices are int32
 _WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
@@ -80,6 +80,21 @@ def _plan(kernel: str, channels_in: int, channels_out: int, volume: int, dtype) 
 # ------------------------------------------------------------------------------------------------- row tiles
 
 
+def _sides(kernel_volume: int) -> np.ndarray:
+    """int32 [K]: on which sides of its row each offset lies, as 30 bits.
+
+    The high bits are the half-spaces below and above in z, y and x; the others the quadrants and half-lines of the
+    planes (y, x), (z, x) and (z, y). Rows on one kind of surface have these alike, whatever single offsets they have.
+    """
+    size = round(kernel_volume ** (1 / 3))
+    place = np.stack(np.unravel_index(np.arange(kernel_volume), (size, size, size)))
+    z, y, x = np.sign(2 * place - (size - 1))
+    bits = [axis == side for axis in (z, y, x) for side in (-1, 1)]
+    for a, b in ((y, x), (z, x), (z, y)):
+        bits += [(a == u) & (b == v) for u, v in itertools.product((-1, 0, 1), repeat=2) if (u, v) != (0, 0)]
+    return (np.int32(1) << np.arange(len(bits), dtype=np.int32)[::-1]) @ np.array(bits, np.int32)
+
+
 @functools.partial(jax.jit, static_argnames=("kernel_volume", "num_in", "num_out", "rows"))
 def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: int) -> _RowTiles:
     source, target, offset, _ = pairs
@@ -87,16 +102,12 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
     tiles = pl.cdiv(num_out, rows)
 
     # Padding pairs have target num_out: out of bounds wherever they are scattered to, and dropped.
-    pairs_of_offset = jnp.zeros(kernel_volume, jnp.int32).at[offset].add((target < num_out).sum(1, dtype=jnp.int32))
-    kernel = jnp.arange(kernel_volume, dtype=jnp.int32)
-    this, other = pairs_of_offset[:, None], pairs_of_offset[None, :]
-    rarity = ((other > this) | (other == this) & (kernel[None, :] < kernel[:, None])).sum(1, dtype=jnp.int32)
-    bits = min(kernel_volume, _MASK_BITS)
-    bit = rarity * bits // kernel_volume  # rare offsets are the high bits: few tiles have to visit them
-    has = jnp.zeros((num_out, bits), bool).at[target, bit[k]].set(True, mode="drop")
-    mask = (has.astype(jnp.int32) << jnp.arange(bits, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    has = jnp.zeros((num_out, kernel_volume), bool).at[target, k].set(True, mode="drop")
+    key = jnp.bitwise_or.reduce(jnp.where(has, _sides(kernel_volume), 0), axis=1)
+    for shift in (1, 2, 4, 8, 16):  # to its place among Gray codes, where neighbours differ in one bit
+        key ^= key >> shift
     iota = jnp.arange(num_out, dtype=jnp.int32)
-    _, order = lax.sort((~mask, iota), num_keys=1)  # the largest first: long tiles start early, empty ones are last
+    _, order = lax.sort((~key, iota), num_keys=1)  # rows without a neighbour, padding among them, are last
 
     past_end = tiles * rows
     place = jnp.full(num_out + 1, past_end, jnp.int32).at[order].set(iota)[target]
@@ -104,7 +115,8 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
     live = jnp.zeros((tiles, kernel_volume), bool).at[tile, k].set(True, mode="drop")
     slot = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
     listed = (jnp.arange(tiles)[:, None], jnp.where(live, slot, kernel_volume))
-    offset = jnp.zeros((tiles, kernel_volume), jnp.int32).at[listed].set(kernel[None, :], mode="drop")
+    offset = jnp.zeros((tiles, kernel_volume), jnp.int32)
+    offset = offset.at[listed].set(jnp.arange(kernel_volume, dtype=jnp.int32), mode="drop")
     index = jnp.full((tiles, kernel_volume, rows), num_in, jnp.int32)
     return _RowTiles(
         count=live.sum(1, dtype=jnp.int32),
