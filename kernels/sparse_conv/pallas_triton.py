@@ -48,6 +48,7 @@ class _RowTiles(NamedTuple):
     offset: jax.Array  # int32 [T, K]: those offsets; what follows is not read
     index: jax.Array  # int32 [T, K, R]: input row under the j-th offset of the tile, num_in for none
     order: jax.Array  # int32 [T * R]: output row, num_out past the end
+    launch: jax.Array  # int32 [T]: tiles, the longest first, so that none is begun last
 
 
 def unsupported(dtype) -> str | None:
@@ -118,11 +119,14 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
     offset = jnp.zeros((tiles, kernel_volume), jnp.int32)
     offset = offset.at[listed].set(jnp.arange(kernel_volume, dtype=jnp.int32), mode="drop")
     index = jnp.full((tiles, kernel_volume, rows), num_in, jnp.int32)
+    count = live.sum(1, dtype=jnp.int32)
+    _, launch = lax.sort((-count, jnp.arange(tiles, dtype=jnp.int32)), num_keys=1)
     return _RowTiles(
-        count=live.sum(1, dtype=jnp.int32),
+        count=count,
         offset=offset,
         index=index.at[tile, slot[tile, k], lane].set(source, mode="drop"),
         order=jnp.pad(order, (0, past_end - num_out), constant_values=num_out),
+        launch=launch,
     )
 
 
@@ -181,9 +185,9 @@ def _convolve(num_out: int, features, weights, pairs, epilogue: Epilogue | None 
     steps = padded_in // step
     parts = _powers(width)
 
-    def kernel(count_ref, offset_ref, index_ref, order_ref, x_ref, w_ref, *more_refs):
+    def kernel(count_ref, offset_ref, index_ref, order_ref, launch_ref, x_ref, w_ref, *more_refs):
         *epilogue_refs, out_ref = more_refs
-        tile, column = pl.program_id(0), pl.program_id(1) * width
+        tile, column = launch_ref[pl.program_id(0)], pl.program_id(1) * width
 
         def add_product(t, sums):
             j, channel = lax.div(t, jnp.int32(steps)), lax.rem(t, jnp.int32(steps)) * step
