@@ -13,7 +13,8 @@ of the 18 test buildings, as OpenScene does; regions of training without a camer
 `--config.data.label_set=matterport40` (80, 160) takes the most frequent names instead of the 21 classes.
 
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
---config.data.root=/data/matterport_3d --config.data.features=/data/matterport_multiview_openseg`.
+--config.data.root=/data/matterport_3d --config.data.features=/data/matterport_multiview_openseg`, whose second
+download, matterport_multiview_openseg_test, lies beside it.
 
 The paper trains on one A100 (80 GB) in about 24 hours with LSeg as the teacher. Its Matterport3D numbers (40.1 mIoU,
 54.4 mAcc for K = 21; 22.8/31.6, 11.9/16.2, 6.3/9.6 for K = 40, 80, 160) are those of the network trained on ScanNet;

@@ -107,8 +107,11 @@ def read_features(
 
 def read_features_of_scene(
     folder: str | os.PathLike, name: str, num_points: int
-) -> tuple[Float16[np.ndarray, "M C"], Int32[np.ndarray, " M"]]:
+) -> tuple[Float16[np.ndarray, "M C"], Int32[np.ndarray, " M"], int]:
     """The features of all chunk files `<name>_0.pt`, `<name>_1.pt`, ... of a scene, or of `<name>.pt` (nuScenes).
+
+    Returns:
+      `features` and `feature_index` as `Scene` holds them, and how many a file has on average.
 
     Raises:
       FileNotFoundError: there are none.
@@ -122,7 +125,8 @@ def read_features_of_scene(
         raise FileNotFoundError(f"{folder}/{name}_0.pt: missing, and so is {name}.pt")
     chunks = [read_features(file, num_points) for file in files]
     feature_index, first = np.unique(np.concatenate([index for _, index in chunks]), return_index=True)
-    return np.concatenate([features for features, _ in chunks])[first], feature_index
+    in_file = round(sum(len(index) for _, index in chunks) / len(chunks))
+    return np.concatenate([features for features, _ in chunks])[first], feature_index, in_file
 
 
 def _describe(content: object) -> str:

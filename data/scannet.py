@@ -45,7 +45,7 @@ def read_scene(folder: str | os.PathLike, label_set: str = "scannet20") -> Scene
 
     Args:
       folder: the scene's folder, named like the scene.
-      label_set: "scannet20", the benchmark, or "nyu40".
+      label_set: "scannet20", the benchmark, "nyu40", or "nyu37" without the three "other..." classes.
 
     Returns:
       points in the frame of the mesh (z up, not axis-aligned); labels of the label set and 255 for everything

@@ -30,7 +30,7 @@ QUOTED = {
 def simulate_masks(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Writes the connected pieces of one class in every view of every scene, as SAM's script writes its masks."""
     for readers in DATASETS[config.data.name](config).values():
-        for read in readers.values():
+        for read in readers().values():
             scene, views, *_ = read()
             if (folder / scene.name).is_dir():
                 continue

@@ -30,7 +30,8 @@ class RawScene(NamedTuple):
     """A scene before it has superpoints and 2D features, and the views its features come from.
 
     border and tolerance are those of `data.projection.project`; only the first `num_supervised` points may get
-    a feature (None: all).  A scene that comes with its features needs no views.
+    a feature (None: all). A scene that comes with its features, or is to have none, needs no views; where they come in
+    chunks, `chunk_features` is how many a chunk has.
     """
 
     scene: Scene
@@ -38,6 +39,7 @@ class RawScene(NamedTuple):
     border: int
     tolerance: float = 0.25
     num_supervised: int | None = None
+    chunk_features: int | None = None
 
 
 class LeftOut(Exception):
@@ -47,9 +49,15 @@ class LeftOut(Exception):
 Readers = dict[str, Callable[[], RawScene] | LeftOut]
 """By the name of each scene the function that reads it, fit for another process, or the reason why it is not there."""
 
+Splits = dict[str, Callable[[], Readers]]
+"""By the name of each split, "train" or "val", the function that looks for its scenes."""
+
 
 def cut_superpoints(read: Callable[[], RawScene], settings: dict) -> RawScene | LeftOut:
-    """What `read` gives, with the VCCS superpoints of these settings; LeftOut is returned, not raised."""
+    """What `read` gives, with the VCCS superpoints of these settings in place of any it has.
+
+    LeftOut is returned, not raised.
+    """
     try:
         raw = read()
     except LeftOut as reason:
@@ -91,7 +99,7 @@ def _end_with_parent() -> None:
 # ---------------------------------------------------------------------------------------------- the data sets
 
 
-def synthetic(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def synthetic(config: ml_collections.ConfigDict) -> Splits:
     """Generated rooms, `data.train_rooms` and `data.val_rooms` of them."""
     _expect_label_set(config, "synthetic")
 
@@ -101,14 +109,14 @@ def synthetic(config: ml_collections.ConfigDict) -> dict[str, Readers]:
             raise ValueError(f"data.{split}_rooms is {count}, expected at least 1")
         return {f"room {seed}": functools.partial(read_room, seed) for seed in room_seeds(split, count)}
 
-    return {split: rooms(split) for split in ("train", "val")}
+    return {split: functools.partial(rooms, split) for split in ("train", "val")}
 
 
 def read_room(seed: int) -> RawScene:
     return RawScene(*generate_room(seed), border=0)
 
 
-def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def scannet_scans(config: ml_collections.ConfigDict) -> Splits:
     """Scenes that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt`.
 
     Agree to the terms on www.scan-net.org, and get of each scene the types `_vh_clean_2.ply`,
@@ -118,28 +126,29 @@ def scannet_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     data.lists names their folder, if that is not data.root.
     """
     _expect_label_set(config, *scannet.LABEL_TABLES)
-    root = Path(config.data.root)
+    root, look = Path(config.data.root), _is_looked_at(config)
 
     def scans(split: str) -> Readers:
         listed = _read_list(config, f"scannetv2_{split}.txt")
         found = {}
         for name in listed:
             if (root / "scans" / name).is_dir():
-                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set)
+                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set, look)
             elif (root / f"{name}.npz").is_file():
-                found[name] = functools.partial(_read_npz, root / f"{name}.npz")
+                found[name] = functools.partial(_read_npz, root / f"{name}.npz", look)
         return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
 
-    return {split: scans(split) for split in ("train", "val")}
+    return {split: functools.partial(scans, split) for split in ("train", "val")}
 
 
-def _read_scan(folder: Path, label_set: str) -> RawScene:
-    return RawScene(scannet.read_scene(folder, label_set), scannet.read_views(folder), border=scannet.BORDER)
+def _read_scan(folder: Path, label_set: str, look: bool) -> RawScene:
+    views = scannet.read_views(folder) if look else ()
+    return RawScene(scannet.read_scene(folder, label_set), views, border=scannet.BORDER)
 
 
-def _read_npz(path: Path) -> RawScene:
+def _read_npz(path: Path, look: bool) -> RawScene:
     scene = Scene.load_npz(path)
-    return RawScene(scene, _look_around(path, scene), border=0)
+    return RawScene(scene, _look_around(path, scene) if look else (), border=0)
 
 
 def _look_around(path: Path, scene: Scene) -> list[View]:
@@ -149,7 +158,7 @@ def _look_around(path: Path, scene: Scene) -> list[View]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def matterport_regions(config: ml_collections.ConfigDict) -> Splits:
     """The regions of the buildings listed in `scenes_train.txt`, and in `scenes_test.txt` for "val", as OpenScene.
 
     Agree to the terms on niessner.github.io/Matterport, and get of each building the types region_segmentations,
@@ -159,14 +168,14 @@ def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     data.root.
     """
     _expect_label_set(config, *matterport.LABEL_SET_NAMES)
-    root = Path(config.data.root)
+    root, look = Path(config.data.root), _is_looked_at(config)
     table = Path(config.data.lists or config.data.root) / "category_mapping.tsv"
     class_of_category = matterport.read_categories(table, config.data.label_set)
 
     def regions(list_name: str, nearest: int) -> Readers:
         listed = _read_list(config, list_name)
         found = {
-            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest)
+            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest, look)
             for building in listed
             for mesh in sorted((root / building / "region_segmentations").glob("region*.ply"))
         }
@@ -174,22 +183,26 @@ def matterport_regions(config: ml_collections.ConfigDict) -> dict[str, Readers]:
         absent = [building for building in listed if building not in with_regions]
         return _some(found, absent, list_name, f"{root}/<building>/region_segmentations/region*.ply")
 
-    return {"train": regions("scenes_train.txt", 0), "val": regions("scenes_test.txt", matterport.NEAREST)}
+    return {
+        "train": functools.partial(regions, "scenes_train.txt", 0),
+        "val": functools.partial(regions, "scenes_test.txt", matterport.NEAREST),
+    }
 
 
-def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int) -> RawScene:
+def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int, look: bool) -> RawScene:
     scene = matterport.read_region(mesh, class_of_category)
     cameras = _cameras_of_building(mesh.parent.parent)
     chosen = matterport.cameras_of_region(cameras, scene.points, nearest)
     if not chosen:
         raise LeftOut("no camera stands in it")
-    return RawScene(scene, matterport.read_views(chosen), matterport.BORDER, matterport.DEPTH_TOLERANCE)
+    views = matterport.read_views(chosen) if look else ()
+    return RawScene(scene, views, matterport.BORDER, matterport.DEPTH_TOLERANCE)
 
 
 _cameras_of_building = functools.lru_cache(maxsize=2)(matterport.read_cameras)
 
 
-def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def nuscenes_keyframes(config: ml_collections.ConfigDict) -> Splits:
     """The keyframes of the driving scenes listed in `train.txt` and `val.txt`, with data.sweeps sweeps each.
 
     Register at www.nuscenes.org, and unpack into one folder, data.root, of "Full dataset (v1.0)" the metadata and
@@ -203,18 +216,21 @@ def nuscenes_keyframes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     keyframes = nuscenes.read_keyframes(
         config.data.root, config.data.version, sorted(set.union(*listed.values())), config.data.sweeps
     )
-    return {
-        split: {k.token: functools.partial(_read_keyframe, k) for k in keyframes if k.scene in scenes}
-        for split, scenes in listed.items()
-    }
+
+    def of_split(split: str) -> Readers:
+        look = _is_looked_at(config)
+        return {k.token: functools.partial(_read_keyframe, k, look) for k in keyframes if k.scene in listed[split]}
+
+    return {split: functools.partial(of_split, split) for split in listed}
 
 
-def _read_keyframe(keyframe: nuscenes.Keyframe) -> RawScene:
+def _read_keyframe(keyframe: nuscenes.Keyframe, look: bool) -> RawScene:
     scene, own = nuscenes.read_scene(keyframe)
-    return RawScene(scene, nuscenes.read_views(keyframe), border=nuscenes.BORDER, num_supervised=own)
+    views = nuscenes.read_views(keyframe) if look else ()
+    return RawScene(scene, views, border=nuscenes.BORDER, num_supervised=own)
 
 
-def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def semantickitti_scans(config: ml_collections.ConfigDict) -> Splits:
     """The scans of `sequences/00` to `10` that are there; 08 is "val".
 
     Get velodyne laser data, left color images and calibration of KITTI's odometry benchmark (www.cvlibs.net), and the
@@ -222,22 +238,26 @@ def semantickitti_scans(config: ml_collections.ConfigDict) -> dict[str, Readers]
     `calib.txt`.
     """
     _expect_label_set(config, "semantickitti19")
-    root = Path(config.data.root) / "sequences"
+    root, look = Path(config.data.root) / "sequences", _is_looked_at(config)
 
     def scans(sequences: tuple[str, ...]) -> Readers:
         paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("[0-9]*.bin"))]
-        found = {f"{path.parent.parent.name}_{path.stem}": functools.partial(_read_lidar_scan, path) for path in paths}
+        found = {f"{p.parent.parent.name}_{p.stem}": functools.partial(_read_lidar_scan, p, look) for p in paths}
         absent = [s for s in sequences if s not in {path.parent.parent.name for path in paths}]
         return _some(found, absent, "SemanticKITTI", f"{root}/<sequence>/velodyne/*.bin")
 
-    return {"train": scans(semantickitti.TRAIN), "val": scans(semantickitti.VAL)}
+    return {
+        "train": functools.partial(scans, semantickitti.TRAIN),
+        "val": functools.partial(scans, semantickitti.VAL),
+    }
 
 
-def _read_lidar_scan(path: Path) -> RawScene:
-    return RawScene(semantickitti.read_scan(path), semantickitti.read_views(path), semantickitti.BORDER)
+def _read_lidar_scan(path: Path, look: bool) -> RawScene:
+    views = semantickitti.read_views(path) if look else ()
+    return RawScene(semantickitti.read_scan(path), views, semantickitti.BORDER)
 
 
-def replica_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def replica_scenes(config: ml_collections.ConfigDict) -> Splits:
     """The eight scenes of Replica, as far as they are there; without labels there is no "val".
 
     data.root is Replica as rendered for NICE-SLAM (https://cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: meshes
@@ -247,7 +267,7 @@ def replica_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     root = config.data.root
     found = {name: functools.partial(_read_replica, root, name) for name in replica.scenes(root)}
     places = f"{root}/<scene>_mesh.ply or {root}/replica_3d/<scene>.pth"
-    return {"train": _some(found, list(replica.SCENES), "Replica", places)}
+    return {"train": functools.partial(_some, found, list(replica.SCENES), "Replica", places)}
 
 
 def _read_replica(root: str, name: str) -> RawScene:
@@ -255,7 +275,7 @@ def _read_replica(root: str, name: str) -> RawScene:
     return RawScene(replica.read_scene(root, name), views, replica.BORDER, replica.DEPTH_TOLERANCE)
 
 
-def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def folder_scenes(config: ml_collections.ConfigDict) -> Splits:
     """The scenes of a folder of your own; configs/folder.py shows its layout.
 
     Those listed in `val.txt`, if there is one, are "val" and must be labelled; all others are for training.
@@ -270,7 +290,9 @@ def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
             f"val.txt lists {unknown[0]!r}, which is not in {config.data.root}; there: {', '.join(clouds)}"
         )
     readers = {
-        name: functools.partial(_read_own, name, path, config.data.scale or None, config.data.depth_units)
+        name: functools.partial(
+            _read_own, name, path, config.data.scale or None, config.data.depth_units, _is_looked_at(config)
+        )
         for name, path in clouds.items()
     }
     splits = {
@@ -280,12 +302,12 @@ def folder_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
     splits = {split: scenes for split, scenes in splits.items() if scenes}
     absent = LeftOut(f"it holds no {', '.join(folder.CLOUD_SUFFIXES)}")
     splits[next(iter(splits))] |= dict.fromkeys(folder.without_cloud(config.data.root), absent)
-    return splits
+    return {split: functools.partial(dict, scenes) for split, scenes in splits.items()}
 
 
-def _read_own(name: str, path: Path, scale: float | None, depth_units: float) -> RawScene:
+def _read_own(name: str, path: Path, scale: float | None, depth_units: float, look: bool) -> RawScene:
     scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
-    if scene.features is not None:
+    if scene.features is not None or not look:
         return RawScene(scene, views=(), border=0)
     views = folder.read_views(path, scene, scale or 1.0, depth_units)
     if views is None and scene.labels is None:
@@ -293,12 +315,13 @@ def _read_own(name: str, path: Path, scale: float | None, depth_units: float) ->
     return RawScene(scene, _look_around(path, scene) if views is None else views, border=0)
 
 
-def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
+def openscene_scenes(config: ml_collections.ConfigDict) -> Splits:
     """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of data.features.
 
     OpenScene's scripts/download_dataset.sh and download_fused_features.sh fetch them: data.root is e.g. its scannet_3d,
-    data.features its scannet_multiview_lseg, whose name tells the text that goes with it. As in OpenScene, a scene
-    without a feature file is left out. With teacher.name=none no features are read.
+    data.features its scannet_multiview_lseg, whose name tells the text that goes with it. Of Matterport3D `test/` is
+    scored, with the features in a second folder beside the first, matterport_multiview_openseg_test. As in OpenScene,
+    a scene without a feature file is left out. With teacher.name=none no features are read.
     """
     root, features = Path(config.data.root), Path(config.data.features)
     if config.teacher.name == "none":
@@ -310,11 +333,14 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> dict[str, Readers]:
         )
 
     def scenes(split: str) -> Readers:
+        own = features and features.with_name(f"{features.name}_{split}")
+        folder = own if own and own.is_dir() else features
         paths = sorted((root / split).glob("[!.]*.pth"))
-        found = {path.stem: functools.partial(_read_preprocessed, path, features) for path in paths}
+        found = {path.stem: functools.partial(_read_preprocessed, path, folder) for path in paths}
         return _some(found, [], f"split '{split}'", f"{root}/{split}/*.pth")
 
-    return {"train": scenes("train"), "val": scenes("val" if (root / "val").is_dir() else "test")}
+    scored = "val" if (root / "val").is_dir() and config.data.label_set not in matterport.LABEL_SET_NAMES else "test"
+    return {"train": functools.partial(scenes, "train"), "val": functools.partial(scenes, scored)}
 
 
 def _read_preprocessed(path: Path, folder: Path | None) -> RawScene:
@@ -322,11 +348,11 @@ def _read_preprocessed(path: Path, folder: Path | None) -> RawScene:
     if folder is None:
         return RawScene(scene, views=(), border=0)
     try:
-        features, feature_index = openscene.read_features_of_scene(folder, scene.name, len(scene.points))
+        features, feature_index, in_file = openscene.read_features_of_scene(folder, scene.name, len(scene.points))
     except FileNotFoundError as error:
         raise LeftOut(str(error)) from error
     scene = dataclasses.replace(scene, features=features, feature_index=feature_index)
-    return RawScene(scene, views=(), border=0)
+    return RawScene(scene, views=(), border=0, chunk_features=in_file)
 
 
 # ------------------------------------------------------------------------------------------- what they share
@@ -336,6 +362,11 @@ def _expect_label_set(config: ml_collections.ConfigDict, *known: str) -> None:
     if config.data.label_set not in known:
         expected = " or ".join(repr(name) for name in known)
         raise ValueError(f"data.label_set is {config.data.label_set!r}: {config.data.name} is read with {expected}")
+
+
+def _is_looked_at(config: ml_collections.ConfigDict) -> bool:
+    """Whether scenes need their views: not where nothing is learned from 2D features."""
+    return config.teacher.name != "none"
 
 
 def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
@@ -361,7 +392,7 @@ def _some(found: Readers, listed: Sequence[str], source: str, places: str) -> Re
     return found | {name: LeftOut(f"not there ({places})") for name in absent}
 
 
-DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] = {
+DATASETS: dict[str, Callable[[ml_collections.ConfigDict], Splits]] = {
     "synthetic": synthetic,
     "scannet": scannet_scans,
     "matterport": matterport_regions,
@@ -371,21 +402,23 @@ DATASETS: dict[str, Callable[[ml_collections.ConfigDict], dict[str, Readers]]] =
     "folder": folder_scenes,
     "openscene": openscene_scenes,
 }
-"""By `data.name` the function that gives the readers of each split. "val", where there is one, is what is scored."""
+"""By `data.name` the function that gives the splits. "val", where there is one, is what is scored."""
 
 
 class RawScenes(Sequence):
-    """The scenes of one split of `config.data`, read when they are asked for: points, colours, labels.
+    """The scenes of one split of `config.data`, read when they are asked for: points, colours, labels; no image.
 
     Raises:
         ValueError, FileNotFoundError, LeftOut: what the readers raise; ValueError also where there is no such split.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, split: str):
+        config = config.copy_and_resolve_references()
+        config.teacher.name = "none"
         splits = DATASETS[config.data.name](config)
         if split not in splits:
             raise ValueError(f"data set {config.data.name!r} has no split {split!r}, only {sorted(splits)}")
-        self._readers = list(splits[split].values())
+        self._readers = list(splits[split]().values())
 
     def __len__(self) -> int:
         return len(self._readers)

@@ -38,11 +38,13 @@ flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 FLAGS = flags.FLAGS
 
+_OURS = ("ggsd_jax", "kernels", "data")
+
 
 def _is_ours(record) -> bool:
     """Libraries tell each of their steps; warnings pass from anywhere."""
-    folder = Path(record.pathname).parent
-    return record.levelno >= std_logging.WARNING or folder.is_relative_to(Path(__file__).parent)
+    file, clone = Path(record.pathname), Path(__file__).parents[1]
+    return record.levelno >= std_logging.WARNING or any(file.is_relative_to(clone / name) for name in _OURS)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Raw data -> superpoints -> fused 2D features -> a TFDS dataset of scenes in ArrayRecord files.
 
 A training scene is stored as `data.chunks` records that differ in their 2D features only: each has those of
-its own random `data.chunk_points` points, as far as a view sees them. A validation scene is one record with
-all of them. Nothing random here hangs on the seed of a run, so runs with other seeds can share the dataset.
+its own random `data.chunk_points` points, as far as a view sees them; of OpenScene's fused features, which have been
+through this once, each has as many as one of its files. A validation scene is one record with all of them. Nothing
+random here hangs on the seed of a run, so runs with other seeds can share the dataset.
 """
 
 import bisect
@@ -15,6 +16,7 @@ import inspect
 import io
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -39,7 +41,8 @@ from ggsd_jax.vision_language import teachers, text
 
 _NOT_CONTENT = {"prepared", "prepare_workers", "voxel_size", "augment", "input_color", "loop", "workers"}
 _NOT_CONTENT |= {"min_voxels", "max_voxels"}
-_READY_MADE = "openscene"  # the data set that comes with its 2D features
+_PATHS = {"root", "lists", "features", "weights", "masks"}
+_WITH_FEATURES = "openscene"  # the data set that comes with its 2D features
 _INCOMPLETE = "incomplete."  # TFDS's prefix of a dataset being written
 
 
@@ -64,7 +67,7 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     settings = _content_settings(config)
     _named(DATASETS, "data.name", config.data.name)
     if is_prepared(config, data_dir):
-        shutil.rmtree(data_dir / "unfinished", ignore_errors=True)  # of a run that was killed at the very end
+        shutil.rmtree(data_dir / "unfinished", ignore_errors=True)  # of a run that was killed, or is, at the very end
         return
     if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
         raise FileNotFoundError(
@@ -102,7 +105,7 @@ def _build(builder: "_Dataset", root: str) -> None:
     for split, info in builder.info.splits.items():
         logging.info("prepared %s: %d records, %.1f MB", split, info.num_examples, info.num_bytes / 1e6)
     logging.info("%s", report_text(builder.info.metadata["report"]))
-    shutil.rmtree(builder.unfinished.parent)
+    shutil.rmtree(builder.unfinished.parent, ignore_errors=True)  # a run that found the dataset may be at it, too
 
 
 def load_split(data_dir: Path, split: str) -> "PreparedScenes":
@@ -229,14 +232,18 @@ def _check_settings(folder: Path, settings: dict) -> None:
     there = tfds.builder_from_directory(folder).info.metadata["settings"]
     if folder.name != str(_Dataset.VERSION):
         raise ValueError(f"{folder} is of format {folder.name}, this is {_Dataset.VERSION}: delete it")
-    for part, fields in settings.items():
-        for field in sorted(fields.keys() | there[part].keys(), key=lambda field: (field != "name", field)):
-            old, new = there[part].get(field), fields.get(field)
-            if old != new:
-                raise ValueError(
-                    f"{folder} was prepared with {part}.{field}={old!r}, the config says {new!r}: use "
-                    "another work directory or data.prepared, or delete that folder to prepare again"
-                )
+    for part in sorted(there | settings):
+        made_with, fields = there.get(part, {}), settings.get(part, {})
+        for field in sorted(fields.keys() | made_with.keys(), key=lambda field: (field != "name", field)):
+            old, new = made_with.get(field), fields.get(field)
+            is_path = field in _PATHS and old and new
+            if old == new or (is_path and os.path.abspath(old) == os.path.abspath(new)):
+                continue
+            moved = "give the old path if the same files have only moved, " if is_path else ""
+            raise ValueError(
+                f"{folder} was prepared with {part}.{field}={old!r}, the config says {new!r}: {moved}use "
+                "another work directory or data.prepared, or delete that folder to prepare again"
+            )
 
 
 def _dataset_folder(data_dir: Path) -> Path | None:
@@ -248,7 +255,7 @@ def _dataset_folder(data_dir: Path) -> Path | None:
 
 
 def _comes_with_features(config: ml_collections.ConfigDict) -> bool:
-    return config.data.name == _READY_MADE and config.teacher.name != teachers.NONE
+    return config.data.name == _WITH_FEATURES and config.teacher.name != teachers.NONE
 
 
 def _named(table: dict, field: str, name: str):
@@ -280,12 +287,12 @@ def teacher_name(config: ml_collections.ConfigDict) -> str:
 
 
 def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> Scene:
-    """The scene with the mean over the views of the teacher's features, or with those it came with.
+    """The scene with the mean over the views of the teacher's features, with those it came with, or with none.
 
     Args:
         masks: see `teachers.look`.
     """
-    if raw.scene.features is not None:
+    if raw.scene.features is not None and teacher.space != teachers.NONE:
         return raw.scene
     if isinstance(teacher, teachers.ReadyMade):
         nothing = {"features": np.zeros((0, teacher.width), np.float16), "feature_index": np.zeros(0, np.int32)}
@@ -304,18 +311,21 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
     return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
 
 
-def chunk_of_features(record: dict, chunk: int, chunk_points: int) -> dict:
+def chunk_of_features(record: dict, chunk: int, chunk_points: int, chunk_features: int = 0) -> dict:
     """The record of a scene with the features of `chunk_points` random points only, as far as they have one.
 
     Where no more points than that have a feature at all, as in a keyframe among older sweeps, all keep theirs.
+    With `chunk_features` it has that many of the features, chosen at random.
     """
-    if len(record["feature_index"]) <= chunk_points:
+    seen = record["feature_index"]
+    if len(seen) <= (chunk_features or chunk_points):
         return record
     rng = np.random.default_rng([zlib.crc32(record["name"].encode()), chunk])
     chosen = np.zeros(len(record["points"]), bool)
-    chosen[rng.choice(len(chosen), chunk_points, replace=False)] = True
-    rows = chosen[record["feature_index"]]
-    return record | {"feature_index": record["feature_index"][rows]} | _coded_fields(_codes(record).rows(rows))
+    among, count = (seen, chunk_features) if chunk_features else (len(chosen), chunk_points)
+    chosen[rng.choice(among, count, replace=False)] = True
+    rows = chosen[seen]
+    return record | {"feature_index": seen[rows]} | _coded_fields(_codes(record).rows(rows))
 
 
 # ------------------------------------------------------------------------------------------------ the dataset
@@ -330,7 +340,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         self.name = config.data.name
         self.MANUAL_DOWNLOAD_INSTRUCTIONS = instructions(config.data.name)
         self._run_config, self._settings, self.unfinished = config, settings, unfinished
-        self._readers = _named(DATASETS, "data.name", config.data.name)(config)
+        splits = _named(DATASETS, "data.name", config.data.name)(config)
+        self._readers = {split: look_for_scenes() for split, look_for_scenes in splits.items()}
         self._teacher = make_teacher(config)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -351,16 +362,18 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         absent = {name: str(reason) for name, reason in readers.items() if isinstance(reason, LeftOut)}
         report["left_out"] |= absent
         for name, record in self._records(split, {name: readers[name] for name in readers if name not in absent}):
-            report["frames_lost"] += 0 if isinstance(record, LeftOut) else int(record.pop("frames_lost"))
             if isinstance(record, LeftOut):
                 report.leave_out(name, str(record))
-            elif split == "val":
+                continue
+            report["frames_lost"] += int(record.pop("frames_lost"))
+            in_chunk = int(record.pop("chunk_features"))
+            if split == "val":
                 report.add(record)
                 yield next(key), record
             elif len(record["feature_index"]) or config.teacher.name == teachers.NONE:
                 report.add(record)
                 for chunk in range(config.data.chunks):
-                    yield next(key), chunk_of_features(record, chunk, config.data.chunk_points)
+                    yield next(key), chunk_of_features(record, chunk, config.data.chunk_points, in_chunk)
             else:
                 report.leave_out(name, "no view sees any of its points")
         if not report["scenes"]:
@@ -368,7 +381,10 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
             raise ValueError(f"split {split!r} has no scene left, all {len(readers)} are left out: {reasons}")
 
     def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
-        """Each scene with superpoints, features and `frames_lost`, read back where a killed run had made it."""
+        """Each scene with superpoints and features, read back where a killed run had made it.
+
+        Beside the fields of a record it has `frames_lost`, and `chunk_features`, 0 where features come in no chunks.
+        """
         config = self._run_config
         files = {name: self.unfinished / f"{split} {_file_name(name)}.npz" for name in readers}
         missing = {name: readers[name] for name, file in files.items() if not file.exists()}
@@ -393,7 +409,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                         f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
                         f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
                     )
-                record = encode(scene) | {"frames_lost": getattr(raw.views, "lost", 0)}
+                counts = {"frames_lost": getattr(raw.views, "lost", 0), "chunk_features": raw.chunk_features or 0}
+                record = encode(scene) | counts
                 with replacing(files[name]) as file:
                     np.savez(file, **record)
                 yield name, record

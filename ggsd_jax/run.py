@@ -17,6 +17,11 @@ from ggsd_jax.lock import alone
 
 MODES = ["all", "prepare", "train", "eval"]
 
+# what may differ between runs that share a stage 1, beside eval.*
+_NOT_STAGE_1 = {"stage1_from", "log_every", "checkpoint_every", "cpu_devices", "model.remat"}
+_NOT_STAGE_1 |= {"data.prepared", "data.workers", "data.prepare_workers"}
+_NOT_STAGE_1 |= {"loss.self_weight", "loss.temperature", "loss.label_source", "loss.voting"}
+
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str = "all", *, profile: bool = False) -> dict | None:
     """Prepares, trains and evaluates as `mode` says; returns the content of `results.json` where there is one.
@@ -51,6 +56,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
                 prepare.prepare(config, data_dir)
     prepare.is_prepared(config, data_dir)  # and fits the configuration; without it, training says what to do
     if mode in ("all", "train"):
+        _check_stage1_from(config)
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
     if mode in ("all", "eval"):
@@ -123,6 +129,19 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     hosts.wait()
 
 
+def _check_stage1_from(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError where the run that `stage1_from` names had another stage 1, told from its `config.json`."""
+    path = Path(config.stage1_from) / "config.json"
+    if not config.stage1_from or not path.is_file():  # where there is no run at all, training says so
+        return
+    for field, values in differences(json.loads(path.read_text()), json.loads(config.to_json_best_effort())).items():
+        if not field.startswith("eval.") and field not in _NOT_STAGE_1:
+            raise ValueError(
+                f"stage1_from: {path} has {field} {values[0]!r}, here it is {values[1]!r}: another stage 1. Name a run "
+                "with the same, or leave stage1_from empty"
+            )
+
+
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
     """Dotted names of the fields in which two nested dicts differ, with both values (None = absent)."""
     found = {}
@@ -150,7 +169,8 @@ def field_error(error: Exception) -> str:
 class _timed:
     """Adds the seconds spent in a part of the run to `seconds.json`; a killed sitting leaves none.
 
-    Processes leave together: the next part may read what the first wrote.
+    An evaluation always starts anew, so that only the last one counts. Processes leave together: the next part may
+    read what the first wrote.
     """
 
     def __init__(self, workdir: Path, part: str):
@@ -164,7 +184,8 @@ class _timed:
         failed = any(failure)
         if hosts.is_first():
             seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
-            seconds[self.part] = round(seconds.get(self.part, 0.0) + time.monotonic() - self.start, 1)
+            before = 0.0 if self.part == "eval" else seconds.get(self.part, 0.0)
+            seconds[self.part] = round(before + time.monotonic() - self.start, 1)
             try:
                 write_json(self.path, seconds)
             except OSError:

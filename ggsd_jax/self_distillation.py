@@ -12,10 +12,10 @@ from kernels.segment import segment_mode
 def pseudo_labels(features: Float[Array, "V C"], text: Float[Array, "L C"]) -> Int[Array, "V"]:
     """Index of the class text with the largest cosine similarity to each feature (Eq. 5).
 
-    A feature's length scales all its similarities alike, and is left out.
+    A feature's length scales all its similarities alike, and is left out; one of zeros has no nearest text: -1.
     """
     scores = jnp.matmul(features.astype(jnp.float32), normalize(text).T, precision=matmul_precision())
-    return jnp.argmax(scores, axis=1).astype(jnp.int32)
+    return jnp.where(features.any(axis=1), jnp.argmax(scores, axis=1), -1).astype(jnp.int32)
 
 
 def vote(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 def _bins(segments, num_segments, counted):
     """Segment of every row; `num_segments`, which the reductions drop, for rows that are in none or do not count."""
     segments = _wide(segments)
-    counted &= (segments >= 0) & (segments < num_segments)
+    counted = counted & (segments >= 0) & (segments < num_segments)
     return jnp.where(counted, segments, num_segments)
 
 

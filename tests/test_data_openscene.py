@@ -136,12 +136,12 @@ def test_the_chunks_of_a_scene_are_put_together(tmp_path):
     with pytest.raises(FileNotFoundError, match="a_0.pt: missing, and so is a.pt"):
         openscene.read_features_of_scene(tmp_path, "a", 4)
     rows = np.arange(20).reshape(4, 5).astype(np.float16)
-    for chunk, points in {0: [1, 3], 12: [0, 3]}.items():
+    for chunk, points in {0: [1, 3], 12: [0]}.items():
         mask = np.isin(np.arange(4), points)
         save(tmp_path / f"a_{chunk}.pt", {"feat": rows[mask], "mask_full": mask})
     save(tmp_path / "ab_0.pt", {"feat": FEATURES, "mask_full": MASK})
-    features, index = openscene.read_features_of_scene(tmp_path, "a", 4)
-    assert index.tolist() == [0, 1, 3] and index.dtype == np.int32
+    features, index, in_file = openscene.read_features_of_scene(tmp_path, "a", 4)
+    assert index.tolist() == [0, 1, 3] and index.dtype == np.int32 and in_file == 2
     np.testing.assert_array_equal(features, rows[index])
 
 
@@ -190,7 +190,10 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
         prepare.prepare(labelled, tmp_path / "labels_alone")
     scenes = prepare.load_split(tmp_path / "labels_alone", "train")
     assert len(scenes) == 2 and not any(len(scene.features) for scene in scenes)
-    config.teacher.name = "lseg"
+    config.teacher.name, labelled.data.features = "lseg", config.data.features
+    for place, other in (("labels_alone", config), ("out", labelled)):
+        with pytest.raises(ValueError, match="was prepared with "):
+            prepare.prepare(other, tmp_path / place)
     config.text.encoder = text_file("ViT-B/32", 48)
     with pytest.raises(ValueError, match="features have 64 channels, the words of text.encoder 48: LSeg's 512 go"):
         prepare.prepare(config, tmp_path / "other")
@@ -201,3 +204,32 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     features.rename(tmp_path / "mine")  # nothing tells whose these are
     config.data.features = str(tmp_path / "mine")
     prepare.prepare(config, tmp_path / "mine_prepared")
+
+
+def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_buildings_are_scored(tmp_path):
+    rng = np.random.default_rng(0)
+    features = tmp_path / "matterport_multiview_openseg"
+    for split in ("train", "val", "test"):
+        (tmp_path / "matterport_3d" / split).mkdir(parents=True)
+        points = (rng.uniform(0, 3, (900, 3)) * [1, 1, 0.01]).astype(np.float32)
+        cloud = (points, np.zeros((900, 3), np.float32), np.zeros(900))
+        save(tmp_path / "matterport_3d" / split / f"{split}_region0.pth", cloud)
+        folder = features.with_name(features.name + "_test") if split == "test" else features
+        folder.mkdir(exist_ok=True)
+        for chunk in range(5 if split == "train" else 1):
+            mask = rng.random(900) < 0.2
+            feat = rng.normal(size=(mask.sum(), 8)).astype(np.float16)
+            save(folder / f"{split}_region0_{chunk}.pt", {"feat": feat, "mask_full": mask})
+    words = LABEL_SETS["matterport21"].classes
+    np.savez(tmp_path / "words.npz", embedding=rng.normal(size=(len(words), 8)), names=words, model="ViT-L/14@336px")
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/matterport.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        {"data.name": "openscene", "data.root": str(tmp_path / "matterport_3d"), "data.features": str(features)}
+        | {"data.prepare_workers": 0, "data.chunk_points": 300, "text.encoder": str(tmp_path / "words.npz")}
+    )
+    prepare.prepare(config, tmp_path / "out")
+    (scored,) = prepare.load_split(tmp_path / "out", "val")
+    assert scored.name == "test_region0"
+    np.testing.assert_array_equal(scored.feature_index, np.flatnonzero(mask))
+    counts = [len(scene.features) for scene in prepare.load_split(tmp_path / "out", "train")]
+    assert len(counts) == 5 and len(set(counts)) == 1 and 150 < counts[0] < 210  # a fifth of 900

@@ -1,6 +1,7 @@
 """Matterport3D: a miniature building written here from the format's description, and the real category table."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from data import matterport
 from data.labels import IGNORE, LABEL_SETS
 from data.projection import fuse, project
-from ggsd_jax import prepare
+from ggsd_jax import datasets, prepare
 
 TABLE = """index\tnyu40id\tnyuClass
 1\t1\twall
@@ -234,3 +235,14 @@ def test_buildings_are_prepared_and_regions_without_camera_left_out_of_training_
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert left_out.pop("b1 region1") == "no camera stands in it"
     assert list(left_out) == ["b9"] and "not there (" in left_out["b9"]
+    for images in root.glob("*/undistorted_*_images"):  # nobody looks at them for labels alone
+        shutil.rmtree(images)
+    config.update(mode="supervised")
+    config.teacher.name = "none"
+    prepare.prepare(config, tmp_path / "labels_alone")
+    assert len(prepare.load_split(tmp_path / "labels_alone", "val")) == 2
+    config.teacher.name = "simulated"
+    with pytest.raises(FileNotFoundError, match="p0_i1_0.jpg: missing"):
+        prepare.prepare(config, tmp_path / "again")
+    (lists / "scenes_train.txt").unlink()  # nor for the training split where the other is tested on
+    assert [scene.name for scene in datasets.RawScenes(config, "val")] == ["b2_region0", "b2_region1"]

@@ -122,4 +122,4 @@ def test_scenes_without_labels_are_prepared_for_training_only(rendered, tmp_path
         prepare.load_split(tmp_path / "out", "val")
     config.data.root = str(tmp_path / "out")
     with pytest.raises(ValueError, match="none of the 8 scenes of Replica is there"):
-        datasets.DATASETS["replica"](config)
+        datasets.DATASETS["replica"](config)["train"]()

@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import json
 
@@ -89,3 +90,29 @@ def test_words_that_cannot_be_evaluated_are_refused_before_anything_is_done(tmp_
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.run(config, tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "answer"),
+    [
+        ("loss.voting", False, None),
+        ("eval.repeats", 1, None),
+        ("seed", 5, "seed 0, here it is 5: another stage 1"),
+        ("loss.superpoint_weight", 0.0, "loss.superpoint_weight 1.0, here it is 0.0: another stage 1"),
+    ],
+)
+def test_a_stage_1_that_was_another_is_not_taken_over(tmp_path, field, value, answer):
+    config = load_config("synthetic")
+    write_json(tmp_path / "config.json", json.loads(config.to_json_best_effort()))
+    config.update_from_flattened_dict({"stage1_from": str(tmp_path), field: value})
+    with pytest.raises(ValueError, match=answer) if answer else contextlib.nullcontext():
+        run._check_stage1_from(config)
+
+
+def test_seconds_of_sittings_add_up_and_those_of_the_last_evaluation_count(tmp_path):
+    write_json(tmp_path / "seconds.json", {"train": 50.0, "eval": 50.0})
+    for part in ("train", "eval"):
+        with run._timed(tmp_path, part):
+            pass
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert seconds["train"] >= 50 and seconds["eval"] < 50

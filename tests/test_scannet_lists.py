@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 
 from data.scene import Scene
@@ -110,3 +111,22 @@ def test_a_real_scan_is_fused_from_its_frames(shared, tmp_path):
     assert scene.name == "scene0000_00" and len(scene.points) == 81_369
     assert 8_000 < len(scene.feature_index) <= 20_000
     assert (scene.superpoints >= 0).mean() > 0.9
+
+
+def test_prepared_data_is_found_again_however_its_folder_is_spelt(scannet_root, tmp_path):
+    prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+    prepare.prepare(scannet_config(f"{scannet_root}/../scannet/"), tmp_path / "out")
+    moved = scannet_root.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="give the old path if the same files have only moved"):
+        prepare.prepare(scannet_config(moved), tmp_path / "out")
+    prepare.prepare(scannet_config(scannet_root), tmp_path / "out")
+
+
+def test_labels_alone_need_no_features_that_a_cloud_brings_along(scannet_root, tmp_path):
+    for i in range(2):
+        scene = npz_scene(f"scene000{i}_00", i)
+        given = dict(features=np.ones((3, 5), np.float16), feature_index=np.arange(3, dtype=np.int32))
+        dataclasses.replace(scene, **given).save_npz(scannet_root / f"{scene.name}.npz")
+    prepare.prepare(scannet_config(scannet_root, mode="supervised", **{"teacher.name": "none"}), tmp_path / "out")
+    (train,) = load_split(tmp_path / "out", "train")
+    assert len(train.features) == 0

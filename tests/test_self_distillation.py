@@ -11,6 +11,7 @@ def test_pseudo_label_is_the_nearest_text_whatever_the_scale_of_the_feature():
     features = np.array([[9, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1e-3, 0, 0, 0, 0, 5]], np.float32)
     np.testing.assert_array_equal(pseudo_labels(jnp.asarray(features), jnp.asarray(text)), [0, 2])
     np.testing.assert_array_equal(pseudo_labels(jnp.asarray(1e4 * features), jnp.asarray(text)), [0, 2])
+    np.testing.assert_array_equal(pseudo_labels(jnp.asarray(0 * features), jnp.asarray(text)), [-1, -1])
 
 
 @settings(max_examples=30, deadline=None)
