@@ -7,10 +7,10 @@
 Benchmark/ of ScanNet/ScanNet: 1,201 and 312), and `data.root` for each scene either
 `scans/<scene>/`, as ScanNet distributes it, or `<scene>.npz` (`data.scene.Scene.save_npz`; views are then simulated).
 Of each scene download the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply` and `.sens` (1.2 TB for all of them; every
-20th frame is used, and frames exported to color/ depth/ pose/ take the place of a stream). Scenes that are not there
-are left out and counted. `--config.data.label_set=nyu40` scores all 40 NYU classes instead of the 20, `nyu37` all but
-the three "other..." ones. `--config.mode=supervised --config.teacher.name=none` trains the same network with labels
-alone (the paper quotes 69.0 mIoU).
+20th frame is used). Frames exported to color/ depth/ pose/ take the place of a stream: every 20th where the whole of it
+was exported, else all. Scenes that are not there are left out and counted. `--config.data.label_set=nyu40` scores all
+40 NYU classes instead of the 20, `nyu37` all but the three "other..." ones. `--config.mode=supervised
+--config.teacher.name=none` trains the same network with labels alone (the paper quotes 69.0 mIoU), and reads no frames.
 
 OpenScene's preprocessed clouds and fused features are read instead with `--config.data.name=openscene
 --config.data.root=/data/scannet_3d --config.data.features=/data/scannet_multiview_lseg`.

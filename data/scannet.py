@@ -97,8 +97,9 @@ def read_labels(path: str | os.PathLike, label_set: str = "scannet20") -> Int32[
 
 
 def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, every: int = 1) -> Views:
-    """The exported frames of a scene, or without any every 20th of its .sens, as views on a grid of size = (w, h).
+    """The exported frames of a scene, or without any those of its .sens, as views on a grid of size = (w, h).
 
+    Of a stream, exported whole or not at all, every 20th frame is taken, as OpenScene does.
     Depth is resized by nearest neighbour, as OpenScene does.  Frames without a finite pose (tracking was lost)
     are left out and logged.
 
@@ -126,7 +127,10 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
         return _with_finite_poses(folder, readers)
     kinds = {"color": ".jpg", "depth": ".png", "pose": ".txt"}
     found = {kind: _numbers(folder / kind, suffix) for kind, suffix in kinds.items()}
-    numbers = sorted(set.union(*found.values()))[::every]
+    numbers = sorted(set.union(*found.values()))
+    if numbers == list(range(len(numbers))):  # the whole stream
+        numbers = numbers[::STREAM_STEP]
+    numbers = numbers[::every]
     if not numbers:
         raise FileNotFoundError(
             f"{folder}: no frames; download the .sens file, or export it to color/, depth/ and pose/"

@@ -111,6 +111,14 @@ def test_views_can_be_thinned_and_gone_through_twice(folder):
     assert [view.name for view in views] == [view.name for view in views] == ["scene0007_01/0", "scene0007_01/100"]
 
 
+def test_of_a_stream_that_was_exported_whole_every_20th_frame_is_taken(folder):
+    for kind, suffix in (("color", ".jpg"), ("depth", ".png"), ("pose", ".txt")):
+        (folder / kind / f"100{suffix}").unlink()
+        for number in range(1, 41):
+            shutil.copy(folder / kind / f"0{suffix}", folder / kind / f"{number}{suffix}")
+    assert [view.name for view in scannet.read_views(folder)] == [f"scene0007_01/{n}" for n in (0, 20, 40)]
+
+
 def test_depth_is_read_only_when_a_view_is_asked_for(folder):
     views = scannet.read_views(folder)
     (folder / "depth/100.png").write_bytes(b"not an image")
