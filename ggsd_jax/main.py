@@ -16,13 +16,16 @@ Several machines, or several processes on one, work as one run: under SLURM by t
 
 import argparse
 import difflib
+import io
 import logging as std_logging
+import sys
 import traceback
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from ggsd_jax import hosts, run
 from ggsd_jax.metric_log import NonFiniteError
@@ -45,6 +48,14 @@ def _is_ours(record) -> bool:
     """Libraries tell each of their steps; warnings pass from anywhere."""
     file, clone = Path(record.pathname), Path(__file__).parents[1]
     return record.levelno >= std_logging.WARNING or any(file.is_relative_to(clone / name) for name in _OURS)
+
+
+class AboveBars(io.TextIOBase):
+    """Where the log is written, so that none of its lines ends up in a progress bar."""
+
+    def write(self, text: str) -> int:
+        tqdm.write(text, file=sys.stderr, end="")
+        return len(text)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -72,6 +83,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; see --help")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours)
+    logging.get_absl_handler().python_handler.setStream(AboveBars())
     run.use_cpu_devices(FLAGS.config)
     jax.config.update("jax_enable_compilation_cache", FLAGS.compilation_cache)
     with hosts.ending_together():

@@ -1,12 +1,15 @@
 import contextlib
 import fcntl
 import json
+import sys
 
 import ml_collections
 import pytest
+from tqdm import tqdm
 
 from experiments.published import load_config
 from ggsd_jax import run
+from ggsd_jax.main import AboveBars
 from ggsd_jax.run import _claim, differences, write_json
 
 
@@ -116,3 +119,10 @@ def test_seconds_of_sittings_add_up_and_those_of_the_last_evaluation_count(tmp_p
             pass
     seconds = json.loads((tmp_path / "seconds.json").read_text())
     assert seconds["train"] >= 50 and seconds["eval"] < 50
+
+
+def test_a_line_of_the_log_stands_above_the_progress_bar(capsys):
+    with tqdm(total=2, file=sys.stderr):
+        AboveBars().write("a line\n")
+    before, after = capsys.readouterr().err.split("a line\n")
+    assert "0/2" in before and before.endswith("\r") and "0/2" in after
