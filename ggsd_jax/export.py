@@ -195,13 +195,18 @@ def model_card(name: str, model: inference.Model, results: dict | None, buckets:
         lines += ["", "The network in this folder is `stage2`."]
     if source["teacher"] == "simulated":
         lines += ["", "The 2D teacher was simulated: nothing here is measured on real images."]
-    lines += ["", "## Use", "", _USAGE]
+    coloured = info["input_color"]
+    lines += ["", "## Use", "", _USAGE.format(colors=", colors=colors" if coloured else "")]
     if buckets:
-        lines += [_PORTABLE_USAGE.format(bucket=max(buckets), size=info["voxel_size"])]
+        feats = _COLOURED if coloured else _COLOURLESS
+        lines += [_PORTABLE_USAGE.format(bucket=max(buckets), size=info["voxel_size"], feats=feats)]
     return "\n".join(lines)
 
 
-_USAGE = 'With ggsd_jax: `inference.load("this folder").segment(points, labels=["chair", "table"])`.\n'
+_USAGE = 'With ggsd_jax: `inference.load("this folder").segment(points, labels=["chair", "table"]{colors})`.\n'
+
+_COLOURLESS = "1  # the network's input: voxels without colour"
+_COLOURED = "colors[first] / 127.5 - 1  # the network's input: red, green, blue (0..255) of a voxel's first point"
 
 _PORTABLE_USAGE = """\
 Without it, `pip install jax flatbuffers`; take the smallest bucket that holds the voxels:
@@ -212,11 +217,12 @@ from jax import export
 
 weights = dict(np.load("functions/weights.npz"))
 program = export.deserialize(open("functions/voxels_{bucket}.jax", "rb").read())
-voxels, of_point = np.unique(np.floor(points / np.float64({size})).astype(np.int32), axis=0, return_inverse=True)
-coords = np.zeros(({bucket}, 3), np.int32)
+rows = np.floor(points / np.float64({size})).astype(np.int32)
+voxels, first, of_point = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+coords, feats = np.zeros(({bucket}, 3), np.int32), np.zeros(({bucket}, 3), np.float32)
 coords[: len(voxels)] = voxels
-ones = np.ones(({bucket}, 3), np.float32)  # the network's input: voxels without colour
-features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), ones))[of_point.ravel()]
+feats[: len(voxels)] = {feats}
+features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), feats))[of_point.ravel()]
 ```
 
 NaN means that the cloud does not fit the bucket (take the next one), or spans over a million voxels along an axis.

@@ -29,14 +29,20 @@ def test_a_shipped_model_gives_the_same_numbers(model_dir, shipped, points):
     np.testing.assert_array_equal(inference.load(shipped).encode(points), inference.load(model_dir).encode(points))
 
 
-def test_a_program_gives_the_same_numbers_without_this_code(model_dir, shipped, points):
+@pytest.mark.parametrize("coloured", [False, True])
+def test_a_program_gives_the_same_numbers_without_this_code(model_dir, points, tmp_path, coloured):
     """As MODEL_CARD.md says."""
-    code = (shipped / "MODEL_CARD.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("functions/", f"{shipped}/functions/")
-    names = {"points": points}
+    model = inference.load(model_dir)
+    model = inference.Model(model.variables, model.info | {"input_color": coloured})
+    colors = np.random.default_rng(0).integers(0, 256, points.shape).astype(np.uint8)
+    export.write(tmp_path / "it", model, (2048,))
+    card = (tmp_path / "it" / "MODEL_CARD.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("functions/", f"{tmp_path}/it/functions/")
+    names = {"points": points} | ({"colors": colors} if coloured else {})
     exec(code, names)
-    expected = inference.load(model_dir).encode(points)
+    expected = model.encode(points, colors)
     np.testing.assert_allclose(names["features"], expected, atol=1e-5 * np.abs(expected).max())
+    assert ("colors=colors" in card) == coloured
 
 
 def test_rows_in_any_order_with_any_padding_give_the_same_features(model_dir, shipped):
