@@ -120,7 +120,7 @@ class Answers:
             colors = np.where((self.predicted == truth)[:, None], np.uint8(_RIGHT), np.uint8(_WRONG))
             legend = {"as labelled": _RIGHT, "otherwise": _WRONG, "not labelled": _UNKNOWN}
             return np.where((truth == IGNORE)[:, None], np.uint8(_UNKNOWN), colors), legend
-        ids = {SEGMENTATION: lambda: self.predicted, FUSION: self._fused, TRUTH: self._truth}[mode]()
+        ids = {SEGMENTATION: lambda: self.predicted, FUSION: lambda: self._fused, TRUTH: self._truth}[mode]()
         counts = np.bincount(ids[ids < len(palette)], minlength=len(palette))
         seen = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
         legend = {f"{self.labels.classes[i]} {counts[i] / len(ids):.1%}": palette[i] for i in seen}
@@ -140,7 +140,7 @@ class Answers:
             return None
         return labels
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - as long-lived as the features
+    @functools.cached_property
     def _fused(self) -> Int[np.ndarray, " N"]:
         ids = np.full(len(self.scene.points), IGNORE)
         ids[self.scene.feature_index] = (self.scene.features.astype(np.float32) @ self._classes.T).argmax(axis=1)

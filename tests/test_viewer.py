@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_a_clicked_point_is_most_like_itself_and_has_the_labels_nearest_to_it(an
     similarity = model.similarity(scene.points, model.embed(SYNTHETIC.classes))[17]
     labels = answers.nearest_labels(17)
     assert [name for name, _ in labels] == [SYNTHETIC.classes[i] for i in np.argsort(-similarity)[:5]]
+
+
+def test_answers_that_nobody_holds_are_gone(model, scene):
+    answers = viewer.Answers(model, scene, SYNTHETIC)
+    for mode in answers.modes:
+        answers.paint(mode, None, 0.5)
+    held = weakref.ref(answers)
+    del answers
+    assert held() is None
 
 
 def test_only_what_a_scan_has_can_be_shown(answers, model, scene):
