@@ -295,7 +295,7 @@ def _read_intrinsics(folder: Path, name: str, size: tuple[int, int]) -> Float64[
         if side is not None:
             matrix[:2] = values.reshape(side, side)[:2, :3]
         else:
-            matrix[[0, 1, 0, 1], [0, 1, 2, 2]] = values
+            matrix[[0, 1, 0, 1], [0, 1, 2, 2]] = values.reshape(4)
     except ValueError as error:
         raise ValueError(f"{path}: expected fx fy cx cy, or a 3x3 or 4x4 matrix ({error})") from None
     fx, fy, cx, cy = matrix[[0, 1, 0, 1], [0, 1, 2, 2]]

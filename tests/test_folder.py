@@ -181,6 +181,7 @@ def test_intrinsics_are_numbers_or_matrices_for_all_images_or_for_each(scene_fol
     ("file", "content", "error", "message"),
     [
         ("intrinsics.txt", "1000 1000 639.5", ValueError, "intrinsics.txt: expected fx fy cx cy, or a 3x3"),
+        ("intrinsics.txt", "500", ValueError, "intrinsics.txt: expected fx fy cx cy, or a 3x3"),
         ("intrinsics.txt", "9 9 1500 700", ValueError, "cx 1500, cy 700 are not of an image of 1280 x 960"),
         (
             "intrinsics.txt",
