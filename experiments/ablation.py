@@ -4,77 +4,57 @@ All runs share the prepared data, and those of a seed that share a first stage s
 ordinary work directory, so a killed table goes on where it was, and two tables share the rows they have in common.
 """
 
-import argparse
 import json
-import runpy
 from pathlib import Path
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import logging
 
-from ggsd_jax import run
+from experiments import published
 
 ROOT = Path(__file__).parent
 FIRST = "ggsd"  # the run whose end of stage 1 the others start from
 
-# Row: the loss fields that make it, and whether its first stage is that of FIRST.
+# Row: the fields that make it, and whether its first stage is that of FIRST.
 RUNS = {
     "ggsd": ({}, False),
-    "pixel_point": ({"superpoint_weight": 0.0, "self_weight": 0.0}, False),
-    "geometry_guided": ({"self_weight": 0.0}, True),
-    "self_distillation": ({"voting": False}, True),
-    "fixed_3d": ({"voting": False, "label_source": "fixed_3d"}, True),
-    "fixed_2d": ({"voting": False, "label_source": "fixed_2d"}, True),
+    "pixel_point": ({"loss__superpoint_weight": 0.0, "loss__self_weight": 0.0}, False),
+    "geometry_guided": ({"loss__self_weight": 0.0}, True),
+    "self_distillation": ({"loss__voting": False}, True),
+    "fixed_3d": ({"loss__voting": False, "loss__label_source": "fixed_3d"}, True),
+    "fixed_2d": ({"loss__voting": False, "loss__label_source": "fixed_2d"}, True),
 }
 
 
-def run_table(name: str, title: str, rows: list[tuple[str, str, float]]) -> None:
+def run_table(description: str, name: str, title: str, rows: list[tuple[str, str, float]]) -> None:
     """Command line of one table; `rows` are (run, title, the paper's ScanNet mIoU), run "fusion_2d" = the teacher."""
-    parser = argparse.ArgumentParser(
-        description=f"{title}. Writes {name}.md, .json and .png beside the module; killed, it goes on where it was.",
-        epilog=f"One seed takes a third of the time: python -m experiments.{name} --seeds=1",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, default=ROOT.parent / "configs" / "synthetic.py")
-    parser.add_argument("--workdir", type=Path, default=Path("out/ablation"), help="runs go to WORKDIR/seedN/ROW")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
-    options = parser.parse_args()
-    if options.seeds < 1:
-        parser.error(f"--seeds={options.seeds}: a table needs at least one")
-    logging.set_verbosity(logging.WARNING)
+    parser = published.options(description, "ablation")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (%(default)s)")
+    given = parser.parse_intermixed_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds={given.seeds}: a table needs at least one")
+    config, workdir, _ = published.configure(given)
     needed = [row for row, _, _ in rows if row != "fusion_2d"]
     results = {row: [] for row, _, _ in rows}
-    for seed in range(options.seeds):
-        done = {row: _run(options.config, options.workdir / f"seed{seed}", row, seed) for row in (FIRST, *needed)}
+    for seed in range(given.seeds):
+        done = {}
+        for row in (FIRST, *needed):
+            fields, shares_first_stage = RUNS[row]
+            if shares_first_stage:
+                fields = fields | {"stage1_from": str(workdir / f"seed{seed}" / FIRST)}
+            _, done[row] = published.train(config, workdir, f"seed{seed}/{row}", seed=seed, eval__pictures=0, **fields)
         for row in results:
             kind = ("fusion_2d", FIRST) if row == "fusion_2d" else ("stage2", row)
             results[row].append(done[kind[1]]["rows"][kind[0]])
         protocol = done[FIRST]["protocol"] | {"dataset": done[FIRST]["dataset"], "versions": done[FIRST]["versions"]}
-    _report(name, title, rows, results, protocol)
+    file = name if workdir.name == "synthetic" else f"{name}_{workdir.name}"  # the rooms' report stays
+    _report(file, title, rows, results, protocol, short=given.samples is not None)
 
 
-def _run(config_file: Path, folder: Path, row: str, seed: int) -> dict:
-    config = runpy.run_path(str(config_file))["get_config"]()
-    config.seed = seed
-    config.eval.pictures = 0
-    config.data.prepared = str(folder.parent / "data")
-    loss, shares_first_stage = RUNS[row]
-    config.loss.update(loss)
-    if shares_first_stage:
-        config.stage1_from = str(folder / FIRST)
-    run.use_cpu_devices(config)
-    print(f"\n== seed {seed}: {row}")
-    results = run.run(config, folder / row)
-    jax.clear_caches()  # the programs of all runs together can be more than one process holds
-    return results
-
-
-def _report(name: str, title: str, rows: list, results: dict, protocol: dict) -> None:
+def _report(name: str, title: str, rows: list, results: dict, protocol: dict, short: bool) -> None:
     seeds = len(next(iter(results.values())))
     mean = {row: 100 * np.mean([r["miou"] for r in results[row]]) for row in results}
     lines = [
@@ -82,9 +62,10 @@ def _report(name: str, title: str, rows: list, results: dict, protocol: dict) ->
         "",
         f"{protocol['scenes']} validation scenes of the data set {protocol['dataset']!r}; teacher: "
         f"{protocol['teacher']}; text: {protocol['text_encoder']}. {seeds} seeds of network and data order, on the "
-        "same rooms. Every row is trained for the same number of steps. The paper's column is ScanNet with LSeg, "
+        "same scenes. Every row is trained for the same number of steps. The paper's column is ScanNet with LSeg, "
         "quoted: compare the order of the rows, not the values.",
         "",
+        *([published.SHORT_RUN, ""] if short else []),
         "| row | mIoU (mean ± standard deviation) | per seed | mAcc | paper, mIoU |",
         "| --- | --- | --- | --- | --- |",
     ]

@@ -1,7 +1,7 @@
-"""What the scripts of Tables 1, 2, 3 and 6 share: their command line, the runs behind a row, and the reports.
+"""What the scripts of the tables share: their command line, the runs behind a row, and the reports.
 
-A report has a section per data set it was run on. It is kept in a JSON file beside the script, from which the Markdown
-is written, so that a table run on synthetic rooms today can have its ScanNet section tomorrow.
+A report of Tables 1, 2, 3 and 6 has a section per data set it was run on. It is kept in a JSON file beside the script,
+from which the Markdown is written, so that a table run on synthetic rooms today can have its ScanNet section tomorrow.
 """
 
 import argparse
@@ -31,6 +31,10 @@ SHORT = scannet_sample.OVERRIDES | {  # minutes, to see that a table runs on rea
     "eval.repeats": 2,
     "model.width": 0.125,
 }
+SHORT_RUN = (
+    "**A short run to see that the table runs, on a network that has hardly begun to learn: its values say nothing "
+    "about the method.**"
+)
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
@@ -155,11 +159,7 @@ def report(
     for name, part in sections.items():
         lines += [f"## Run on {name}", "", part["text"], ""]
         if part["short"]:
-            lines += [
-                "**A short run to see that the table runs, on a network that has hardly begun to learn: its values say "
-                "nothing about the method.**",
-                "",
-            ]
+            lines += [SHORT_RUN, ""]
         lines += ["| row | " + " | ".join(part["columns"]) + " |", "| --- |" + " --- |" * len(part["columns"])]
         lines += [_line(f"{row} (this run)", values) for row, values in part["measured"].items()]
         lines += [_line(f"{row} (quoted)", values) for row, values in part["quoted"].items()]

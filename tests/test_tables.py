@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from experiments import published, scannet_sample, table2, table3, table6
+from experiments import ablation, published, scannet_sample, table2, table3, table4, table5, table6
+from ggsd_jax import run
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,8 @@ def verbosity():
         (table2, ["--config=configs/none.py"], "none.py: no such configuration"),
         (table2, ["--config=configs/scannet.py", "data.name=openscene"], "hold 20 classes"),
         (table2, ["--samples={tmp_path}"], "scene0000_00: no such folder"),
+        (table4, ["--config=configs/scannet.py", "data.rot=/x"], 'has no field .*Did you mean "root"'),
+        (table5, ["--samples={tmp_path}"], "scene0000_00: no such folder"),
         (
             table3,
             ["--config=configs/scannet.py", "--matterport={tmp_path}", "text.encoder=stand-in"],
@@ -48,6 +51,28 @@ def test_an_option_that_a_data_set_needs_is_named(monkeypatch, capsys, table, op
     with pytest.raises(SystemExit):
         published.call(table.main)
     assert f"{option} is missing" in capsys.readouterr().err
+
+
+def test_an_ablation_of_another_data_set_leaves_the_report_of_the_rooms(tmp_path, monkeypatch):
+    configs = {}
+
+    def finished(config, workdir):
+        configs[workdir.relative_to(tmp_path).as_posix()] = config
+        row = {"miou": 0.5, "macc": 0.6}
+        protocol = {"scenes": 2, "teacher": "lseg", "text_encoder": "clip"}
+        return {"rows": {"fusion_2d": row, "stage2": row}, "protocol": protocol, "dataset": "scannet", "versions": {}}
+
+    monkeypatch.setattr(run, "run", finished)
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    arguments = ["--config=configs/scannet.py", f"--workdir={tmp_path}", "--seeds=2", "data.root=/x"]
+    monkeypatch.setattr(sys, "argv", ["table", *arguments])
+    published.call(table4.main)
+    written = {path.name for path in tmp_path.glob("table4*")}
+    assert written == {"table4_scannet.json", "table4_scannet.md", "table4_scannet.png"}
+    assert len(configs) == 8 and {config.data.root for config in configs.values()} == {"/x"}
+    voted, first = configs["scannet/seed1/self_distillation"], configs["scannet/seed1/ggsd"]
+    assert (voted.seed, voted.loss.voting, voted.stage1_from) == (1, False, str(tmp_path / "scannet/seed1/ggsd"))
+    assert (first.seed, first.loss.voting, first.stage1_from) == (1, True, "")
 
 
 def test_fields_and_options_may_come_in_any_order():
