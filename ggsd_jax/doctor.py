@@ -3,9 +3,9 @@
   python -m ggsd_jax.doctor
   python -m ggsd_jax.doctor out/demo room.ply /data/scannet clip_scannet20.npz scannet_openseg.pth.tar
 
-A path may be a model, a scan or a folder of scans, a data set (ScanNet, Matterport3D, nuScenes, SemanticKITTI, Replica,
-a folder of your own), a text encoder, LSeg's or an OpenScene checkpoint. The exit status is 1 if a line says FAIL.
-Lines that say "note" cost speed, room or convenience, nothing else.
+A path may be a model, a run, a scan or a folder of scans, a data set (ScanNet, Matterport3D, nuScenes, SemanticKITTI,
+Replica, OpenScene's clouds or features, a folder of your own), a text encoder, LSeg's or an OpenScene checkpoint. The
+exit status is 1 if a line says FAIL. Lines that say "note" cost speed, room or convenience, nothing else.
 """
 
 import argparse
@@ -194,6 +194,16 @@ def _model(given: Path) -> str:
     )
 
 
+def _is_run(given: Path) -> bool:
+    return (given / "config.json").is_file() and '"stage1_epochs"' in (given / "config.json").read_text()
+
+
+def _run(given: Path) -> str:
+    states = [int(state.name) for state in (given / "checkpoints").glob("*") if state.name.isdigit()]
+    reached = f"saved at step {max(states):,}" if states else "no step of the training saved yet"
+    return f"an unfinished run, {reached}; the same command goes on from there"
+
+
 def _openscene(given: Path) -> str:
     from ggsd_jax import openscene
 
@@ -260,6 +270,29 @@ def _scannet(given: Path) -> str:
     return f"ScanNet, {there} of {len(names)} scenes"
 
 
+def _preprocessed_clouds(given: Path) -> list[Path]:
+    return [cloud for split in ("train", "val", "test") for cloud in sorted(given.glob(f"{split}/[!.]*.pth"))]
+
+
+def _preprocessed(given: Path) -> str:
+    from data import openscene
+
+    clouds = _preprocessed_clouds(given)
+    points = len(openscene.read_scene(clouds[0]).points)
+    return f"OpenScene's clouds, {_count(len(clouds), 'scene')}, the first of {points:,} points (data.name=openscene)"
+
+
+def _fused_features(given: Path) -> str:
+    from data import torch_file
+    from ggsd_jax.export import OPENSCENE_TEACHERS
+
+    files = sorted(given.glob("[!.]*.pt"))
+    channels = torch_file.load(files[0])["feat"].shape[1]
+    name = given.absolute().name.lower()
+    texts = [f", for the text of {clip}" for teacher, (_, clip) in OPENSCENE_TEACHERS.items() if teacher in name]
+    return f"OpenScene's 2D features, {_count(len(files), 'file')}, {channels} channels{''.join(texts)}"
+
+
 def _nuscenes(given: Path) -> str:
     missing = [part for part in ("samples", "lidarseg") if not (given / part).is_dir()]
     if missing:
@@ -293,6 +326,7 @@ KINDS = [
         _model,
         "export it again; its file of embeddings or CLIP's folder must be where it says",
     ),
+    Kind(_is_run, _run, "give another --workdir"),
     Kind(lambda p: p.name.endswith((".pth.tar", ".pth", ".pt")), _openscene, "download it again, or name another"),
     Kind(lambda p: p.suffix == ".ckpt", _lseg, "download demo_e200.ckpt of isl-org/lang-seg again"),
     Kind(
@@ -308,6 +342,12 @@ KINDS = [
         _LOOKS.format("matterport"),
     ),
     Kind(_has_replica, _replica, _LOOKS.format("replica")),
+    Kind(lambda p: bool(_preprocessed_clouds(p)), _preprocessed, "run OpenScene's scripts/download_dataset.sh again"),
+    Kind(
+        lambda p: any(p.glob("[!.]*.pt")),
+        _fused_features,
+        "run OpenScene's scripts/download_fused_features.sh again",
+    ),
     Kind(_holds_embeddings, _encoder, "BUILD.md, 2D networks and text, says what the file holds"),
     Kind(lambda p: any(map(_is_cloud, [p, *p.glob("*")])), _scans, "mend the file as the line says, or leave it out"),
     Kind(lambda p: any(map(_is_cloud, p.glob("*/*"))), _own, _LOOKS.format("folder")),

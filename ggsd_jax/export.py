@@ -55,7 +55,7 @@ _OPENSCENE_DATA = {
     "matterport": _Published(0.02, "matterport21"),
     "nuscenes": _Published(0.05, "nuscenes16"),
 }
-_OPENSCENE_TEACHERS = {"lseg": (512, "CLIP ViT-B/32"), "openseg": (768, "CLIP ViT-L/14@336px")}
+OPENSCENE_TEACHERS = {"lseg": (512, "CLIP ViT-B/32"), "openseg": (768, "CLIP ViT-L/14@336px")}
 
 
 def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS, run: Path | None = None) -> None:
@@ -115,7 +115,7 @@ def from_openscene(
     variables, saved = openscene.load_checkpoint(path)
     words = path.name.split(".")[0].lower().split("_")
     dataset = next((word for word in words if word in _OPENSCENE_DATA), None)
-    teacher = next((word for word in words if word in _OPENSCENE_TEACHERS), None)
+    teacher = next((word for word in words if word in OPENSCENE_TEACHERS), None)
     if dataset is None and (voxel_size is None or label_set is None):
         raise ValueError(
             f"{path}: its name does not tell the data it learned from ({', '.join(_OPENSCENE_DATA)}); "
@@ -147,7 +147,7 @@ def from_openscene(
     }
     width = text.embed(classes, encoder=text_encoder, prompt=info["prompt"]).shape[1]
     if width != saved["out_channels"]:
-        known = _OPENSCENE_TEACHERS.items()
+        known = OPENSCENE_TEACHERS.items()
         fitting = [f"{clip} for {name}" for name, (channels, clip) in known if channels == saved["out_channels"]]
         raise ValueError(
             f"{path}: its features have {saved['out_channels']} channels, --text_encoder={text_encoder} {width}; "

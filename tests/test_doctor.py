@@ -2,6 +2,7 @@ import importlib.metadata
 
 import numpy as np
 import pytest
+from test_data_openscene import COLORS, LABELS, POINTS, save
 
 from data.ply import write_ply
 from ggsd_jax import doctor
@@ -109,3 +110,29 @@ def test_data_sets_and_scans_of_every_kind_are_told_apart(tmp_path):
     }
     broken = doctor.path(tmp_path / "bad")
     assert broken.state == "FAIL" and "nuscenes.py" in broken.advice
+
+
+def test_openscenes_downloads_are_counted_and_the_text_is_told(tmp_path):
+    clouds, features = tmp_path / "scannet_3d", tmp_path / "scannet_multiview_openseg"
+    for folder in (clouds / "train", clouds / "val", features):
+        folder.mkdir(parents=True)
+    for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
+        save(clouds / split / f"{name}_vh_clean_2.pth", (POINTS, COLORS, LABELS))
+    save(features / "a_0.pt", {"feat": np.zeros((3, 768), np.float16), "mask_full": LABELS > -1})
+    said = "OpenScene's clouds, 3 scenes, the first of 4 points"
+    assert doctor.path(clouds).state == "ok" and said in doctor.path(clouds).what
+    said = "OpenScene's 2D features, 1 file, 768 channels, for the text of CLIP ViT-L/14@336px"
+    assert doctor.path(features).state == "ok" and said in doctor.path(features).what
+    for file, path in ((clouds / "train/a_vh_clean_2.pth", clouds), (features / "a_0.pt", features)):
+        file.write_bytes(file.read_bytes()[:100])
+        assert doctor.path(path).state == "FAIL" and "run OpenScene's scripts" in doctor.path(path).advice
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"stage1_epochs": 7}')
+    assert "an unfinished run, no step of the training saved" in doctor.path(tmp_path).what
+    for step in ("900", "1000", "1100.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / step).mkdir()
+    check = doctor.path(tmp_path)
+    assert check.state == "ok" and "saved at step 1,000; the same command goes on" in check.what
