@@ -14,6 +14,7 @@ their mean score is over the threshold, scenes by their best region.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -310,7 +311,7 @@ def run(args: argparse.Namespace) -> None:
     found, left_out = {}, []
     for file in files:
         try:
-            scene = Scene(**{**vars(read_scene(file, args.unit)), "name": file.stem})
+            scene = dataclasses.replace(read_scene(file, args.unit), name=file.stem)
             if labels is None:
                 found[scene.name] = answer(model, scene, args)
             else:
