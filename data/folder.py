@@ -17,7 +17,7 @@ from data.frames import Views, image_size_of, read_depth, read_pose
 from data.labels import IGNORE
 from data.pcd import read_pcd_columns
 from data.projection import adjust_intrinsics
-from data.scene import Scene, View, in_float32, read_ply, read_ply_columns, resize_nearest, same_shape
+from data.scene import Scene, View, read_ply_columns, resize_nearest, same_shape, scene_of_columns
 from data.virtual_camera import point_spacing, splat
 
 log = logging.getLogger(__name__)
@@ -136,38 +136,15 @@ def read_file(path: str | os.PathLike) -> Scene:
     path = Path(path)
     if path.suffix.lower() not in CLOUD_SUFFIXES:
         raise ValueError(f"{path}: expected one of {', '.join(CLOUD_SUFFIXES)}")
+    if path.suffix.lower() == ".npz":
+        return Scene.load_npz(path)
     try:
-        match path.suffix.lower():
-            case ".ply":
-                return _with_labels(read_ply(path), read_ply_columns(path).get("label"))
-            case ".npz":
-                return Scene.load_npz(path)
-            case ".pcd":
-                columns = read_pcd_columns(path)
-                return _with_labels(_scene_of_columns(path, columns), columns.get("label"))
-            case _:
-                return _scene_of_columns(path, _read_text(path))
+        columns = _COLUMNS[path.suffix.lower()](path)
+        return _with_labels(scene_of_columns(path, columns), columns.get("label"))
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
-    missing = [axis for axis in "xyz" if axis not in columns]
-    if missing:
-        raise ValueError(f"{path}: the points have no {', '.join(missing)}; found: {', '.join(columns)}")
-
-    def stacked(*names: str) -> np.ndarray | None:
-        return np.stack([columns[n] for n in names], axis=1) if all(n in columns for n in names) else None
-
-    normals = stacked("normal_x", "normal_y", "normal_z")
-    return Scene(
-        path.stem,
-        in_float32(path, stacked("x", "y", "z")),
-        stacked("red", "green", "blue"),
-        None if normals is None else np.nan_to_num(normals.astype(np.float32)),
-    )
 
 
 def _with_labels(scene: Scene, labels: Shaped[np.ndarray, " N"] | None) -> Scene:
@@ -208,6 +185,9 @@ def _read_text(path: Path) -> dict[str, np.ndarray]:
         colors = np.round(colors * (255 if colors.max() <= 1 else 1)).astype(np.uint8)
         columns |= dict(zip(("red", "green", "blue"), colors.T, strict=True))
     return columns
+
+
+_COLUMNS = {".ply": read_ply_columns, ".pcd": read_pcd_columns, ".xyz": _read_text}
 
 
 def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth_units: float = 1000.0) -> Views | None:

@@ -20,7 +20,8 @@ def read_pcd_columns(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "N
     """The fields of a PCD file, each a column [N], or [N, count] where a field has several values per point.
 
     Points without a reading, of which x, y or z is nan, are left out, as organised clouds have them.  The
-    packed field `rgb` (or `rgba`) becomes the columns red, green and blue, 0..255.
+    packed field `rgb` (or `rgba`) becomes the columns red, green and blue, 0..255; normal_x, normal_y and
+    normal_z become nx, ny and nz, 0 where they are nan.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -44,6 +45,9 @@ def read_pcd_columns(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "N
         if packed in columns:
             bits = np.ascontiguousarray(columns.pop(packed)).view(np.uint32)
             columns |= {name: (bits >> shift & 255).astype(np.uint8) for name, shift in _SHIFTS.items()}
+    for axis in "xyz":
+        if f"normal_{axis}" in columns:
+            columns[f"n{axis}"] = np.nan_to_num(columns.pop(f"normal_{axis}"))
     axes = [columns[axis] for axis in "xyz" if axis in columns]
     kept = np.isfinite(np.array(axes, np.float64)).all(axis=0) if axes else slice(None)
     return {name: column[kept] for name, column in columns.items() if not name.startswith("_")}

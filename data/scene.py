@@ -242,25 +242,33 @@ def check_labels(scene: Scene, num_classes: int) -> None:
 
 
 def read_ply(path: str | os.PathLike) -> Scene:
-    """Reads the vertices of a PLY file as a scene named after the file.
+    """Reads the vertices of a PLY file as a scene, as `scene_of_columns` does.
 
-    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`.
     Other properties stay in the file: `read_ply_columns` gives them.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is corrupt or truncated, has no vertices or no x, y, z, or a field is out of range.
     """
-    path = Path(path)
-    columns = read_ply_columns(path)
+    return scene_of_columns(Path(path), read_ply_columns(path))
+
+
+def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
+    """The scene that the columns of a file make, named after the file.
+
+    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`.
+
+    Raises:
+      ValueError: there is no x, y or z, or a field is out of range.
+    """
     missing = [axis for axis in "xyz" if axis not in columns]
     if missing:
-        raise ValueError(f"{path}: the vertices have no property {', '.join(missing)}; found: {', '.join(columns)}")
+        raise ValueError(f"{path}: the points have no property {', '.join(missing)}; found: {', '.join(columns)}")
 
     def stacked(*names: str) -> np.ndarray | None:
         return np.stack([columns[n] for n in names], axis=1) if all(n in columns for n in names) else None
 
-    points = in_float32(path, stacked("x", "y", "z"))
+    points = _in_float32(path, stacked("x", "y", "z"))
     normals = stacked("nx", "ny", "nz")
     try:
         return Scene(
@@ -273,7 +281,7 @@ def read_ply(path: str | os.PathLike) -> Scene:
         raise ValueError(f"{path}: {error}") from error
 
 
-def in_float32(path: Path, points: Shaped[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
+def _in_float32(path: Path, points: Shaped[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
     """The points of a file in single precision; ValueError where that would move one by over a millimetre."""
     with np.errstate(invalid="ignore", over="ignore"):  # Scene refuses values that are not finite
         rounded = points.astype(np.float32)

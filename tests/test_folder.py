@@ -74,6 +74,14 @@ def test_the_same_cloud_is_read_from_every_kind_of_file(tmp_path, suffix):
     assert suffix == ".xyz" or (scene.labels == LABELS).all()
 
 
+def test_normals_of_pcl_that_are_unknown_are_zero(tmp_path):
+    (tmp_path / "a.pcd").write_text(
+        "VERSION 0.7\nFIELDS x y z normal_x normal_y normal_z\nSIZE 4 4 4 4 4 4\nTYPE F F F F F F\n"
+        "COUNT 1 1 1 1 1 1\nWIDTH 2\nHEIGHT 1\nPOINTS 2\nDATA ascii\n1 2 3 0 0 1\n4 5 6 nan nan nan\n"
+    )
+    assert folder.read_cloud(tmp_path / "a.pcd").normals.tolist() == [[0, 0, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
