@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64
-from PIL import Image
 
-from data.scene import View
+from data.scene import View, opened_image
 
 
 class Views(Sequence):
@@ -39,13 +38,8 @@ def read_depth(
       FileNotFoundError: there is no such file.
       ValueError: it is truncated, no image, not of 16 bit in one channel, or of another size.
     """
-    try:
-        with Image.open(path) as image:
-            units = np.asarray(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a PNG image ({error}); export the frame again") from error
+    with opened_image(path) as image:
+        units = np.asarray(image)
     if units.ndim != 2 or units.dtype.itemsize < 2:
         raise ValueError(
             f"{path}: expected 16-bit depth, {units_per_metre:g} units to the metre, got {units.dtype} {units.shape}"
@@ -65,13 +59,8 @@ def image_size_of(path: str | os.PathLike) -> tuple[int, int]:
       FileNotFoundError: there is no such file.
       ValueError: it is empty, truncated or no image.
     """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or no image ({error}); export the frame again") from error
+    with opened_image(path) as image:
+        return image.size
 
 
 def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:

@@ -4,8 +4,10 @@ The neutral file format is an .npz with one array per field of `Scene` (absent f
 `Scene.save_npz` or by `np.savez(path, name=..., points=..., ...)`; any data set converted to it can be used.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import no_type_check
@@ -208,13 +210,25 @@ class View:
         return image
 
     def _read_image(self) -> UInt8[np.ndarray, "H W 3"]:
-        try:
-            with Image.open(self.image) as file:
-                return np.asarray(file.convert("RGB"))
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.image}: truncated or not an image ({error}); export the frame again") from error
+        with opened_image(self.image) as file:
+            return np.asarray(file.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file, of which only the head is read before its pixels are asked for.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is empty, truncated or no image, which may show only with its pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or no image ({error}); export it again") from error
 
 
 def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:

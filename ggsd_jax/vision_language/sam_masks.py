@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32
-from PIL import Image
 
-from data.scene import View, resize_nearest, same_shape
+from data.scene import View, opened_image, resize_nearest, same_shape
 
 
 def refine(features: Float32[np.ndarray, "h w C"], masks: Bool[np.ndarray, "K h w"]) -> Float32[np.ndarray, "h w C"]:
@@ -44,11 +43,8 @@ def read(folder: Path, view: View) -> Bool[np.ndarray, "K h w"]:
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    try:
-        with Image.open(path) as file:
-            mask = np.asarray(file.convert("L")) > 0
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a PNG image ({error}); make the masks again") from error
+    with opened_image(path) as file:
+        mask = np.asarray(file.convert("L")) > 0
     height, width = mask.shape
     if not same_shape((width, height), size):
         raise ValueError(f"{path}: {width} x {height} pixels, the shape of the view is {size[0]} x {size[1]}")
