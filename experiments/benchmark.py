@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import runpy
 from pathlib import Path
 
 import matplotlib
@@ -33,7 +32,7 @@ from flax import jax_utils
 
 from data.superpoints import vccs
 from data.synthetic import generate_room
-from experiments import loader_bench
+from experiments import configs, loader_bench
 from ggsd_jax.input_pipeline import steps_per_epoch, train_iterator
 from ggsd_jax.minkunet import MinkUNet, architecture
 from ggsd_jax.train import AXIS, initial_state, learning_rate_schedule, make_model, make_optimizer, train_step
@@ -119,7 +118,7 @@ def networks(clouds: dict[int, np.ndarray], dtype: str, recorded: dict) -> list[
 
 
 def scannet(batch_size: int, dtype: str = "float32") -> ml_collections.ConfigDict:
-    config = runpy.run_path(str(ROOT.parent / "configs" / "scannet.py"))["get_config"]()
+    config = configs.load("scannet")
     config.batch_size = batch_size
     config.model.dtype = dtype
     return config

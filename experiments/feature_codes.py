@@ -19,7 +19,7 @@ from absl import logging
 from data import feature_codes, scannet
 from data.labels import LABEL_SETS
 from data.projection import fuse
-from experiments import published, scannet_sample
+from experiments import configs, published, scannet_sample
 from ggsd_jax import inference, metrics, run
 from ggsd_jax.evaluate import half_scores
 from ggsd_jax.vision_language import teachers
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("out/feature_codes"), help="for the runs (%(default)s)")
     given = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
-    config = published.load_config("scannet")
+    config = configs.load("scannet")
     config.teacher.name, config.text.encoder = teachers.SIMULATED, given.text
     scene = scannet.read_scene(given.scan)
     teacher = teachers.make(config, LABEL_SETS["scannet20"].classes)

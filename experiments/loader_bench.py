@@ -11,14 +11,13 @@ worker.
 import argparse
 import math
 import os
-import runpy
 import time
-from pathlib import Path
 
 import ml_collections
 import numpy as np
 
 from data.scene import Scene
+from experiments import configs
 from ggsd_jax import prepare
 from ggsd_jax.input_pipeline import train_iterator
 
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, default=100_000, help="voxels per scene, about")
     parser.add_argument("--seconds", type=float, default=60.0, help="to measure for, per number of workers")
     options = parser.parse_args()
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "scannet.py"))["get_config"]()
+    config = configs.load("scannet")
     config.batch_size = options.batch_size
     source = Rooms(options.batch_size, options.voxels, config.data.voxel_size, config.data.chunk_points)
     print(f"{os.cpu_count()} cores, {options.batch_size} scenes per step, at most {options.rate:g} steps/s\n")

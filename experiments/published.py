@@ -8,7 +8,6 @@ import argparse
 import ast
 import importlib.metadata
 import json
-import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import ml_collections
 from absl import logging
 
 from data import scannet
-from experiments import scannet_sample
+from experiments import configs, scannet_sample
 from ggsd_jax import run
 
 ROOT = Path(__file__).parent
@@ -64,7 +63,7 @@ def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[
     """
     logging.set_verbosity(logging.WARNING)
     name = given.config.stem if given.config else "scannet" if given.samples else "synthetic"
-    config = load_config(name if given.config is None else given.config)
+    config = configs.load(name if given.config is None else given.config)
     workdir = given.workdir / name
     if given.samples:
         config.update_from_flattened_dict(SHORT)
@@ -79,14 +78,6 @@ def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[
     config.data.prepared = config.data.prepared or str((workdir / "data").resolve())
     title = {"scannet": "seven ScanNet scans"}.get(name, "synthetic rooms") if given.config is None else name
     return config, workdir, title
-
-
-def load_config(name_or_file: str | Path) -> ml_collections.ConfigDict:
-    """The config of that name in configs/, or in that file."""
-    file = name_or_file if isinstance(name_or_file, Path) else ROOT.parent / "configs" / f"{name_or_file}.py"
-    if not file.is_file():
-        raise FileNotFoundError(f"--config={file}: no such configuration; configs/ of the clone holds them")
-    return runpy.run_path(str(file))["get_config"]()
 
 
 def _parsed(fields: Sequence[str]) -> dict:

@@ -10,7 +10,6 @@ Voxels are 10 cm and the network is narrow, so that it ends within the hour; the
 
 import argparse
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from absl import logging
 
 from data.labels import NYU40_TO_SCANNET20
 from data.scene import Scene
+from experiments import configs
 from ggsd_jax import evaluate, run
 
 ROOT = Path(__file__).parent
@@ -95,7 +95,7 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     root = options.workdir / "root"
     collect(options.samples, root)
-    config = runpy.run_path(str(ROOT.parent / "configs" / "scannet.py"))["get_config"]()
+    config = configs.load("scannet")
     config.update_from_flattened_dict(
         OVERRIDES | {"data.root": str(root.resolve()), "text.encoder": str(options.text.resolve())}
     )

@@ -12,7 +12,7 @@ the others five times, and at K = 40, 80 and 160 one class is called "other" (gg
 
 import ml_collections
 
-from experiments import published
+from experiments import configs, published
 from ggsd_jax import datasets, evaluate
 
 SIZES = (21, 40, 80, 160)
@@ -26,12 +26,12 @@ def targets(given, trained: ml_collections.ConfigDict) -> dict[str, ml_collectio
     """The configs of what the network is tested on, by the names of their columns."""
     found = {}
     if given.matterport is None:
-        rooms = published.load_config("synthetic")
+        rooms = configs.load("synthetic")
         rooms.update_from_flattened_dict({"data.val_rooms": 4, "eval.repeats": trained.eval.repeats})
         found["15 classes of synthetic rooms"] = rooms
     else:
         for classes in SIZES:
-            regions = published.load_config("matterport")
+            regions = configs.load("matterport")
             regions.data.update(root=given.matterport, lists=given.lists, label_set=f"matterport{classes}")
             regions.eval.repeats = 1 if classes == 160 else trained.eval.repeats
             found[f"Matterport{classes}"] = regions

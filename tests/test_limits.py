@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.published import load_config
+from experiments import configs
 from ggsd_jax import limits, run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -10,7 +10,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_within_the_limits(path):
-    limits.check(load_config(path))
+    limits.check(configs.load(path))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -26,7 +26,7 @@ def test_every_number_has_limits(path):
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 yield prefix + name
 
-    found = {name for name in numbers(load_config(path)) if not name.startswith("teacher.")}
+    found = {name for name in numbers(configs.load(path)) if not name.startswith("teacher.")}
     assert found - elsewhere <= limited
 
 
@@ -50,7 +50,7 @@ def test_every_number_has_limits(path):
     ],
 )
 def test_a_value_that_no_run_can_have_is_refused_before_anything_is_done(tmp_path, field, value, message):
-    config = load_config("synthetic")
+    config = configs.load("synthetic")
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         run.run(config, tmp_path / "work")
@@ -58,7 +58,7 @@ def test_a_value_that_no_run_can_have_is_refused_before_anything_is_done(tmp_pat
 
 
 def test_a_run_has_an_epoch():
-    config = load_config("synthetic")
+    config = configs.load("synthetic")
     config.stage1_epochs = config.stage2_epochs = 0
     with pytest.raises(ValueError, match="are both 0: expected at least one epoch"):
         limits.check(config)

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 from tqdm import tqdm
 
-from experiments.published import load_config
+from experiments import configs
 from ggsd_jax import run
 from ggsd_jax.main import AboveBars
 from ggsd_jax.run import _claim, differences, write_json
@@ -46,7 +46,7 @@ def test_a_run_whose_states_were_deleted_keeps_its_configuration(tmp_path, left)
 
 
 def test_a_second_process_is_kept_out_of_a_work_directory(tmp_path):
-    config = load_config("synthetic")
+    config = configs.load("synthetic")
     with (tmp_path / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is at work here"):
@@ -88,7 +88,7 @@ def test_how_a_run_is_evaluated_can_change_and_its_old_results_go(tmp_path):
     ],
 )
 def test_words_that_cannot_be_evaluated_are_refused_before_anything_is_done(tmp_path, changes, message):
-    config = load_config("synthetic")
+    config = configs.load("synthetic")
     config.update_from_flattened_dict(changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.run(config, tmp_path / "work")
