@@ -15,7 +15,6 @@ import jax
 import ml_collections
 from absl import logging
 
-from data import scannet
 from experiments import configs, scannet_sample
 from ggsd_jax import run
 
@@ -55,21 +54,17 @@ def call(main: Callable[[], None]) -> None:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
-def configure(given: argparse.Namespace, label_set: str = "scannet20") -> tuple[ml_collections.ConfigDict, Path, str]:
-    """The config of a table, the work directory of its runs, and how its report calls what it was run on.
-
-    Args:
-        label_set: what the labels of `--samples` are read as.
-    """
+def configure(given: argparse.Namespace) -> tuple[ml_collections.ConfigDict, Path, str]:
+    """The config of a table, the work directory of its runs, and how its report calls what it was run on."""
     logging.set_verbosity(logging.WARNING)
     name = given.config.stem if given.config else "scannet" if given.samples else "synthetic"
     config = configs.load(name if given.config is None else given.config)
     workdir = given.workdir / name
     if given.samples:
         config.update_from_flattened_dict(SHORT)
-        root = workdir / f"root_{label_set}"
-        scannet_sample.collect(given.samples, root, scannet.LABEL_TABLES[label_set])
-        config.update_from_flattened_dict({"data.root": str(root.resolve()), "data.label_set": label_set})
+        root = workdir / "root_scannet20"
+        scannet_sample.collect(given.samples, root)
+        config.data.root = str(root.resolve())
         config.text.encoder = "stand-in"
     try:
         config.lock().update_from_flattened_dict(_parsed(given.fields))

@@ -23,15 +23,13 @@ from ggsd_jax import hosts
 MODEL_FILE = "model.json"
 
 
-def manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
+def manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     """Manager of the training states in `directory`: the newest two, and the one of step `keep` for good.
 
     A state is written under a temporary name and renamed when whole, so a killed run leaves only good ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    policies = [checkpoint_managers.LatestN(2)]
-    if keep is not None:
-        policies.append(checkpoint_managers.CustomSteps([keep]))
+    policies = [checkpoint_managers.LatestN(2), checkpoint_managers.CustomSteps([keep])]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=hosts.is_first(),

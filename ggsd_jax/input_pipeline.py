@@ -148,17 +148,14 @@ def transformed_voxels(
     return voxels._replace(coords=voxels.coords - voxels.coords.min(0))
 
 
-def random_view(
-    scene: Scene, voxel_size: float, rng: np.random.Generator | None, max_voxels: int | None = None
-) -> Voxels:
-    """The voxels of a scene for evaluation: randomly rotated and scaled, or as it is where `rng` is None.
+def random_view(scene: Scene, voxel_size: float, rng: np.random.Generator, max_voxels: int) -> Voxels:
+    """The voxels of a scene for evaluation: randomly rotated and scaled.
 
     Raises:
         ValueError: more than `max_voxels` voxels.
     """
-    transform = np.eye(3) if rng is None else random_transform(rng)
-    voxels = transformed_voxels(scene.points, voxel_size, transform)
-    if max_voxels is not None and len(voxels.coords) > max_voxels:
+    voxels = transformed_voxels(scene.points, voxel_size, random_transform(rng))
+    if len(voxels.coords) > max_voxels:
         raise ValueError(
             f"scene {scene.name} has {len(voxels.coords)} voxels of {voxel_size} m, more than "
             f"data.max_voxels={max_voxels}: raise data.max_voxels or data.voxel_size, or split the scene"

@@ -16,7 +16,7 @@ def state(width: int = 4):
 
 
 def test_a_saved_state_comes_back_bit_for_bit(tmp_path):
-    manager = checkpoint.manager(tmp_path)
+    manager = checkpoint.manager(tmp_path, keep=3)
     checkpoint.save(manager, 7, state())
     jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(manager, 7, state()), state())
 
@@ -36,14 +36,14 @@ def test_another_run_without_that_end_of_stage_1_is_refused(tmp_path):
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
-    manager = checkpoint.manager(tmp_path)
+    manager = checkpoint.manager(tmp_path, keep=3)
     checkpoint.save(manager, 7, state())
     with pytest.raises(ValueError, match="does not hold a state of this configuration"):
         checkpoint.restore(manager, 7, state(width=5))
 
 
 def test_a_state_cut_off_is_named_with_what_to_do(tmp_path):
-    manager = checkpoint.manager(tmp_path)
+    manager = checkpoint.manager(tmp_path, keep=3)
     checkpoint.save(manager, 7, state(width=2000))
     largest = max((tmp_path / "7").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])

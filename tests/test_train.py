@@ -258,7 +258,7 @@ def test_a_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_state(f
     run.run(config, tmp_path, "prepare")
     with pytest.raises(NonFiniteError, match=r"step \d+: \w+ is (nan|inf)"):
         run.run(config, tmp_path, "train")
-    manager = checkpoint.manager(tmp_path / "checkpoints")
+    manager = checkpoint.manager(tmp_path / "checkpoints", keep=0)
     assert not (tmp_path / "model").exists()
     if manager.latest_step() is not None:
         raw = manager.restore(manager.latest_step())
