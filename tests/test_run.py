@@ -105,7 +105,7 @@ def test_words_that_cannot_be_evaluated_are_refused_before_anything_is_done(tmp_
     ],
 )
 def test_a_stage_1_that_was_another_is_not_taken_over(tmp_path, field, value, answer):
-    config = load_config("synthetic")
+    config = configs.load("synthetic")
     write_json(tmp_path / "config.json", json.loads(config.to_json_best_effort()))
     config.update_from_flattened_dict({"stage1_from": str(tmp_path), field: value})
     with pytest.raises(ValueError, match=answer) if answer else contextlib.nullcontext():
