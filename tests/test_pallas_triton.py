@@ -142,6 +142,18 @@ def test_sorting_rows_by_the_sides_of_their_neighbours_saves_visits():
     assert valid.sum() <= 64 * visits < 0.65 * 64 * unsorted.sum()
 
 
+@pytest.mark.parametrize("chunks", [[0, 0, 0], [1, 0, 0], [0, 1000, 3], [7, 0, 9000, 0, 7, 7], [5] * 27])
+def test_programs_share_the_pairs_out_equally_and_each_has_one_offset(chunks):
+    programs = 64 + len(chunks)
+    begin, end, first, last = map(np.asarray, pallas_triton._shares(jnp.array(chunks, jnp.int32), programs))
+    taken = [range(b, e) for b, e in zip(begin, end, strict=True)]
+    assert [chunk for some in taken for chunk in some] == list(range(sum(chunks)))
+    of_offset = np.repeat(np.arange(len(chunks)), chunks)
+    for k, (a, b) in enumerate(zip(first, last, strict=True)):
+        assert all(of_offset[chunk] == k for some in taken[a:b] for chunk in some)
+    assert last[-1] <= programs and max(map(len, taken)) <= -(-sum(chunks) // 64)
+
+
 @pytest.mark.parametrize("name", ["several scenes", "several scenes, stride 2"])
 def test_gradients_of_gradients_and_vmap_are_those_of_the_reference(name):
     with targeting(INTERPRET):
@@ -344,7 +356,7 @@ def kernels_of(volume, channels_in, channels_out, dtype, arch) -> list[triton_ir
 def test_every_convolution_of_the_network_lowers_for_cuda_without_atomics(dtype):
     for shape in network_kernels():
         kernels = kernels_of(*shape, dtype, "sm_80")
-        assert len(kernels) == 4, shape
+        assert len(kernels) == 5, shape  # the gradient in the weights is two
         assert not any(b"atomic" in kernel.code for kernel in kernels), shape
 
 
@@ -384,6 +396,8 @@ def test_kernels_of_the_network_keep_sums_in_registers_and_operands_on_the_way(a
             print(f"{arch} {precision} {shape} {name}: {registers} registers, {spilled} B spilled, {shared} B shared")
             assert spilled == 0, (shape, name)
             assert shared <= 99 * 1024, (shape, name)  # what a block may have on sm_86, sm_89 and sm_120, the least
+            if name == "sparse_conv_weight_gradient_sum":
+                continue
             # the pipeline has the gathers, 16 bytes at a time (Hopper wants tf32 transposed: 4); tensor cores multiply
             assert f"cp.async.{'c' if tf32 else 'cg'}" in kernel.asm["ptx"], (shape, name)
             assert ("mma" in kernel.asm["ptx"]) == (precision != "float32"), (shape, name)

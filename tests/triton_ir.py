@@ -230,6 +230,7 @@ def _int32(wide):
 _ARITHMETIC = {
     "tt.addptr": lambda pointer, offset: _Pointer(pointer.memory, pointer.offset + np.int64(offset)),
     "arith.addi": lambda a, b: _int32(np.add(a, b, dtype=np.int64)),
+    "arith.subi": lambda a, b: _int32(np.subtract(a, b, dtype=np.int64)),
     "arith.muli": lambda a, b: _int32(np.multiply(a, b, dtype=np.int64)),
     "arith.divsi": lambda a, b: np.trunc(a / b).astype(np.int32),
     "arith.remsi": lambda a, b: np.fmod(a, b).astype(np.int32),

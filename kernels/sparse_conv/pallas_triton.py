@@ -3,8 +3,9 @@
 An implicit GEMM, stationary in the output. Output rows are sorted by the sides on which they have neighbours, so that
 the rows of a tile share most offsets; each tile visits its live offsets alone, gathers one input row per output row and
 adds one dense product (the design of spconv 2 and TorchSparse++, arXiv 2311.12862). The gradient in the features is
-the same kernel on the map seen from its other side. The gradient in the weights runs over the pairs of one offset in a
-fixed number of parts, summed at the end. Sums are float32 and nothing is atomic: the same input gives the same bits.
+the same kernel on the map seen from its other side. For the gradient in the weights, programs take equal shares of the
+pairs, each of one offset, and a second kernel adds up what they found. Sums are float32 and nothing is atomic: the
+same input gives the same bits.
 
 The tiles are derived from the map's pairs on the device. All convolutions over a map ask for the same ones, and
 under jit the compiler computes them once.
@@ -31,6 +32,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
 _MOST_ELEMENTS = 2**31 - 1  # of an array: the kernels' indices are int32
 _WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
+_ROWS, _COLUMNS = 8, 256  # of these programs' results, which are read at once to be added up
 
 
 class _Plan(NamedTuple):
@@ -234,6 +236,24 @@ def _finish(sums, rows, columns, num_out: int, channels: int, *refs):
     return jnp.where((keep != 0)[:, None], out, 0.0)
 
 
+def _shares(chunks_of_offset, programs: int):
+    """Shares the chunks of pairs, contiguous by offset, out among programs, as equally as each keeps to one offset.
+
+    Returns:
+        begin, end: int32 [programs], the chunks of a program; none where end <= begin.
+        first, last: int32 [K], the programs of an offset, `last` not among them.
+    """
+    end_of_offset = jnp.cumsum(chunks_of_offset, dtype=jnp.int32)
+    share = jnp.maximum(pl.cdiv(end_of_offset[-1], programs - chunks_of_offset.size), 1)
+    number = pl.cdiv(chunks_of_offset, share)
+    last = jnp.cumsum(number, dtype=jnp.int32)
+    first = last - number
+    program = jnp.arange(programs, dtype=jnp.int32)
+    k = jnp.minimum((last[None, :] <= program[:, None]).sum(1, dtype=jnp.int32), last.size - 1)
+    begin = (end_of_offset - chunks_of_offset)[k] + (program - first[k]) * share
+    return begin, jnp.minimum(begin + share, end_of_offset[k]), first, last
+
+
 def _weight_gradient(features, grad_out, pairs, volume: int):
     """Sum over the pairs (i, j, k) of the outer product of `features[i]` and `grad_out[j]`, for every k."""
     source, target, offset, num_tiles = pairs
@@ -242,18 +262,14 @@ def _weight_gradient(features, grad_out, pairs, volume: int):
     blocks = plan.blocks
     (groups_in, width_in), (groups_out, width_out) = map(_groups, channels, (blocks.inputs, blocks.outputs))
     parts_in, parts_out = _powers(width_in), _powers(width_out)
-    splits = pl.cdiv(_WEIGHT_PROGRAMS, volume * groups_in * groups_out)
     chunk = min(blocks.rows, source.shape[1])
-    chunks = source.shape[1] // chunk
     live = jnp.arange(offset.size) < num_tiles
     tiles_of_offset = jnp.zeros(volume, jnp.int32).at[offset].add(live.astype(jnp.int32))
-    first_tile = jnp.cumsum(tiles_of_offset, dtype=jnp.int32) - tiles_of_offset
+    programs = pl.cdiv(_WEIGHT_PROGRAMS, groups_in * groups_out) + volume
+    begin, end, first, last = _shares(tiles_of_offset * (source.shape[1] // chunk), programs)
 
-    def kernel(first_ref, count_ref, source_ref, target_ref, x_ref, dy_ref, out_ref):
+    def kernel(begin_ref, end_ref, source_ref, target_ref, x_ref, dy_ref, out_ref):
         program, i, j = pl.program_id(0), pl.program_id(1) * width_in, pl.program_id(2) * width_out
-        k, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
-        first, count = first_ref[k], count_ref[k]
-        begin, end = (first + lax.div(s * count, jnp.int32(splits)) for s in (split, split + 1))
 
         def add_products(t, sums):
             sources, targets = source_ref[t, :], target_ref[t, :]
@@ -265,19 +281,40 @@ def _weight_gradient(features, grad_out, pairs, volume: int):
             )
 
         zeros = tuple(tuple(jnp.zeros((m, n), jnp.float32) for _, n in parts_out) for _, m in parts_in)
-        sums = lax.fori_loop(begin * chunks, end * chunks, add_products, zeros)
+        sums = lax.fori_loop(begin_ref[program], end_ref[program], add_products, zeros)
         for row, (a, m) in zip(sums, parts_in, strict=True):
             for s, (b, n) in zip(row, parts_out, strict=True):
                 out_ref[program, pl.ds(i + a, m), pl.ds(j + b, n)] = s
 
     x, dy = _pad_channels(features, groups_in * width_in), _pad_channels(grad_out, groups_out * width_out)
-    out = jax.ShapeDtypeStruct((volume * splits, x.shape[1], dy.shape[1]), jnp.float32)
-    pairs = source.reshape(-1, chunk), target.reshape(-1, chunk)
-    arguments = first_tile, tiles_of_offset, *pairs, x, dy
-    grid = volume * splits, groups_in, groups_out
+    out = jax.ShapeDtypeStruct((programs, x.shape[1], dy.shape[1]), jnp.float32)
+    arguments = begin, end, source.reshape(-1, chunk), target.reshape(-1, chunk), x, dy
+    grid = programs, groups_in, groups_out
     parts = _call(kernel, grid, out, plan, "sparse_conv_weight_gradient", *arguments)
-    grad = parts.reshape(volume, splits, *out.shape[1:]).sum(1)
-    return grad[:, : channels[0], : channels[1]].astype(features.dtype)
+    return _add_up(parts, first, last, plan)[:, : channels[0], : channels[1]].astype(features.dtype)
+
+
+def _add_up(parts, first, last, plan: _Plan):
+    """[K, Cin, Cout]: for each offset k the sum of the parts `first[k]`, ..., `last[k] - 1`."""
+
+    def kernel(first_ref, last_ref, parts_ref, out_ref):
+        k, column = pl.program_id(0), pl.program_id(1) * _COLUMNS
+        first, last = first_ref[k], last_ref[k]
+
+        def add(t, total):
+            for row in (first + t * _ROWS + r for r in range(_ROWS)):  # loads that wait for none of the others
+                part = parts_ref.at[row, column + jnp.arange(_COLUMNS, dtype=jnp.int32)]
+                total += plgpu.load(part, mask=jnp.full(_COLUMNS, row < last), other=0.0)
+            return total
+
+        rounds = lax.div(last - first + _ROWS - 1, jnp.int32(_ROWS))
+        out_ref[k, pl.ds(column, _COLUMNS)] = lax.fori_loop(0, rounds, add, jnp.zeros(_COLUMNS, jnp.float32))
+
+    rows = parts.reshape(parts.shape[0], -1)
+    out = jax.ShapeDtypeStruct((first.size, rows.shape[1]), jnp.float32)
+    grid = first.size, rows.shape[1] // _COLUMNS
+    sums = _call(kernel, grid, out, plan, "sparse_conv_weight_gradient_sum", first, last, rows)
+    return sums.reshape(first.size, *parts.shape[1:])
 
 
 # -------------------------------------------------------------------------------------------------- gradient
