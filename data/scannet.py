@@ -129,6 +129,7 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
     found = {kind: _numbers(folder / kind, suffix) for kind, suffix in kinds.items()}
     numbers = sorted(set.union(*found.values()))
     if numbers == list(range(len(numbers))):  # the whole stream
+        log.info("%s: every %dth of its %d exported frames is used", folder, STREAM_STEP, len(numbers))
         numbers = numbers[::STREAM_STEP]
     numbers = numbers[::every]
     if not numbers:

@@ -20,8 +20,11 @@ def confusion_matrix(
         are added up before `scores`.
 
     Raises:
-        ValueError: a prediction or a label outside these values, naming the first row.
+        ValueError: a prediction or a label outside these values, naming the first row; so many classes that one has
+            the number of `ignore` or `UNKNOWN`.
     """
+    if 0 <= ignore < num_classes or UNKNOWN < num_classes:
+        raise ValueError(f"{num_classes} classes: one of them is {ignore} (ignore) or {UNKNOWN} (unknown)")
     for name, values, extra in (("pred", pred, UNKNOWN), ("gt", gt, ignore)):
         bad = ((values < 0) | (values >= num_classes)) & (values != extra)
         if name == "pred":

@@ -315,15 +315,14 @@ def chunk_of_features(record: dict, chunk: int, chunk_points: int, chunk_feature
     """The record of a scene with the features of `chunk_points` random points only, as far as they have one.
 
     Where no more points than that have a feature at all, as in a keyframe among older sweeps, all keep theirs.
-    With `chunk_features` it has that many of the features, chosen at random.
+    With `chunk_features` it has that many of the features, chosen at random, but no more than `chunk_points`.
     """
-    seen = record["feature_index"]
-    if len(seen) <= (chunk_features or chunk_points):
+    seen, most = record["feature_index"], min(chunk_features or chunk_points, chunk_points)
+    if len(seen) <= most:
         return record
     rng = np.random.default_rng([zlib.crc32(record["name"].encode()), chunk])
     chosen = np.zeros(len(record["points"]), bool)
-    among, count = (seen, chunk_features) if chunk_features else (len(chosen), chunk_points)
-    chosen[rng.choice(among, count, replace=False)] = True
+    chosen[rng.choice(seen if chunk_features else len(chosen), most, replace=False)] = True
     rows = chosen[seen]
     return record | {"feature_index": seen[rows]} | _coded_fields(_codes(record).rows(rows))
 

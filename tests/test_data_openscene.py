@@ -233,3 +233,6 @@ def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_
     np.testing.assert_array_equal(scored.feature_index, np.flatnonzero(mask))
     counts = [len(scene.features) for scene in prepare.load_split(tmp_path / "out", "train")]
     assert len(counts) == 5 and len(set(counts)) == 1 and 150 < counts[0] < 210  # a fifth of 900
+    config.data.chunk_points = 100  # a batch has room for no more
+    prepare.prepare(config, tmp_path / "fewer")
+    assert {len(scene.features) for scene in prepare.load_split(tmp_path / "fewer", "train")} == {100}

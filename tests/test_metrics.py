@@ -40,3 +40,10 @@ def test_labels_outside_the_set_are_refused_with_their_row():
         evaluate(np.array([0, 1]), np.array([0, 7]), 5)
     with pytest.raises(ValueError, match=r"pred\[0\] is -1"):
         evaluate(np.array([-1, 1]), np.array([0, 1]), 5)
+
+
+@pytest.mark.parametrize(("num_classes", "ignore"), [(256, 255), (300, -1), (4, 3)])
+def test_no_class_has_the_number_of_ignore_or_unknown(num_classes, ignore):
+    ids = np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match=f"{num_classes} classes: one of them is {ignore} .ignore. or 256"):
+        confusion_matrix(ids, ids, num_classes, ignore)
