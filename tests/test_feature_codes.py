@@ -71,6 +71,16 @@ def test_every_number_comes_back_to_half_a_step_of_its_row(rows, channels, size,
     np.testing.assert_array_equal(decompress(compress(coded.codes), channels), coded.codes)
 
 
+def test_rows_of_any_length_keep_their_direction():
+    """L_p and the scores look at nothing else."""
+    rng = np.random.default_rng(0)
+    features = (1 + 0.3 * gaussian(rng, 2000, 512)) * rng.choice([1e-3, 0.1, 1, 100], (2000, 1))
+    exact = features.astype(np.float16).astype(np.float64)
+    decoded = dequantize(quantize(features.astype(np.float16))).astype(np.float64)
+    cosine = (exact * decoded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(decoded, axis=1)
+    assert cosine.min() > 0.98
+
+
 def test_equal_rows_and_rows_of_zeros_come_back_as_they_are():
     features = np.full((5, 8), 0.3, np.float16)
     np.testing.assert_array_equal(dequantize(quantize(features)), features)
