@@ -31,7 +31,7 @@ from kernels.sparse_conv.tuning import Blocks
 _DTYPES = ("float32", "bfloat16", "float16")
 _CHANNELS = 16  # least width of a matrix product in Triton; channels are padded to multiples of it
 _MOST_ELEMENTS = 2**31 - 1  # of an array: the kernels' indices are int32
-_WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, at least: four for each of 132 processors
+_WEIGHT_PROGRAMS = 512  # programs the gradient in the weights is cut into, about: four for each of 132 processors
 _ROWS, _COLUMNS = 8, 256  # of these programs' results, which are read at once to be added up
 
 
@@ -265,7 +265,7 @@ def _weight_gradient(features, grad_out, pairs, volume: int):
     chunk = min(blocks.rows, source.shape[1])
     live = jnp.arange(offset.size) < num_tiles
     tiles_of_offset = jnp.zeros(volume, jnp.int32).at[offset].add(live.astype(jnp.int32))
-    programs = pl.cdiv(_WEIGHT_PROGRAMS, groups_in * groups_out) + volume
+    programs = max(pl.cdiv(_WEIGHT_PROGRAMS, groups_in * groups_out), 2 * volume)
     begin, end, first, last = _shares(tiles_of_offset * (source.shape[1] // chunk), programs)
 
     def kernel(begin_ref, end_ref, source_ref, target_ref, x_ref, dy_ref, out_ref):
