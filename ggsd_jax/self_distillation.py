@@ -15,7 +15,7 @@ def pseudo_labels(features: Float[Array, "V C"], text: Float[Array, "L C"]) -> I
     A feature's length scales all its similarities alike, and is left out; one of zeros has no nearest text: -1.
     """
     scores = jnp.matmul(features.astype(jnp.float32), normalize(text).T, precision=matmul_precision())
-    return jnp.where(features.any(axis=1), jnp.argmax(scores, axis=1), -1).astype(jnp.int32)
+    return jnp.where(scores.any(axis=1), jnp.argmax(scores, axis=1), -1).astype(jnp.int32)
 
 
 def vote(
