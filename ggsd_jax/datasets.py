@@ -31,7 +31,7 @@ class RawScene(NamedTuple):
 
     border and tolerance are those of `data.projection.project`; only the first `num_supervised` points may get
     a feature (None: all). A scene that comes with its features, or is to have none, needs no views; where they come in
-    chunks, `chunk_features` is how many a chunk has.
+    chunks, `chunk_features` is how many a chunk has, else 0.
     """
 
     scene: Scene
@@ -39,7 +39,7 @@ class RawScene(NamedTuple):
     border: int
     tolerance: float = 0.25
     num_supervised: int | None = None
-    chunk_features: int | None = None
+    chunk_features: int = 0
 
 
 class LeftOut(Exception):

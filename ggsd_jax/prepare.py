@@ -408,7 +408,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                         f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
                         f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
                     )
-                counts = {"frames_lost": getattr(raw.views, "lost", 0), "chunk_features": raw.chunk_features or 0}
+                counts = {"frames_lost": getattr(raw.views, "lost", 0), "chunk_features": raw.chunk_features}
                 record = encode(scene) | counts
                 with replacing(files[name]) as file:
                     np.savez(file, **record)
