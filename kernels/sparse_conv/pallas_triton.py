@@ -44,13 +44,12 @@ class _Plan(NamedTuple):
 
 
 class _RowTiles(NamedTuple):
-    """Output rows in tiles of R, and the inputs they read under each of the K offsets."""
+    """Output rows in T tiles of R, and the inputs they read under each of the K offsets."""
 
     count: jax.Array  # int32 [T]: offsets under which some row of the tile has a neighbour
     offset: jax.Array  # int32 [T, K]: those offsets; what follows is not read
     index: jax.Array  # int32 [T, K, R]: input row under the j-th offset of the tile, num_in for none
-    order: jax.Array  # int32 [T * R]: output row, num_out past the end
-    launch: jax.Array  # int32 [T]: tiles, the longest first, so that none is begun last
+    order: jax.Array  # int32 [T * R]: output row, num_out or more past the end
 
 
 def unsupported(dtype) -> str | None:
@@ -101,35 +100,21 @@ def _sides(kernel_volume: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("kernel_volume", "num_in", "num_out", "rows"))
 def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: int) -> _RowTiles:
     source, target, offset, _ = pairs
-    k = jnp.broadcast_to(offset[:, None], target.shape)
-    tiles = pl.cdiv(num_out, rows)
+    padded = tuning.MOST_ROWS * (num_out // tuning.MOST_ROWS + 1)  # for tiles of any size; more than num_out
+    place = offset[:, None] * padded + target  # padding pairs (num_in, num_out) say of a row that there is not: none
+    neighbour = jnp.full(kernel_volume * padded, num_in, jnp.int32).at[place].set(source, mode="drop")
+    has = neighbour.reshape(kernel_volume, padded) < num_in
 
-    # Padding pairs have target num_out: out of bounds wherever they are scattered to, and dropped.
-    has = jnp.zeros((num_out, kernel_volume), bool).at[target, k].set(True, mode="drop")
-    key = jnp.bitwise_or.reduce(jnp.where(has, _sides(kernel_volume), 0), axis=1)
+    key = jnp.bitwise_or.reduce(jnp.where(has, _sides(kernel_volume)[:, None], 0), axis=0)
     for shift in (1, 2, 4, 8, 16):  # to its place among Gray codes, where neighbours differ in one bit
         key ^= key >> shift
-    iota = jnp.arange(num_out, dtype=jnp.int32)
-    _, order = lax.sort((~key, iota), num_keys=1)  # rows without a neighbour, padding among them, are last
+    _, order = lax.sort((~key, jnp.arange(padded, dtype=jnp.int32)), num_keys=1)  # rows that there are not are last
 
-    past_end = tiles * rows
-    place = jnp.full(num_out + 1, past_end, jnp.int32).at[order].set(iota)[target]
-    tile, lane = place // rows, place % rows
-    live = jnp.zeros((tiles, kernel_volume), bool).at[tile, k].set(True, mode="drop")
-    slot = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
-    listed = (jnp.arange(tiles)[:, None], jnp.where(live, slot, kernel_volume))
-    offset = jnp.zeros((tiles, kernel_volume), jnp.int32)
-    offset = offset.at[listed].set(jnp.arange(kernel_volume, dtype=jnp.int32), mode="drop")
-    index = jnp.full((tiles, kernel_volume, rows), num_in, jnp.int32)
-    count = live.sum(1, dtype=jnp.int32)
-    _, launch = lax.sort((-count, jnp.arange(tiles, dtype=jnp.int32)), num_keys=1)
-    return _RowTiles(
-        count=count,
-        offset=offset,
-        index=index.at[tile, slot[tile, k], lane].set(source, mode="drop"),
-        order=jnp.pad(order, (0, past_end - num_out), constant_values=num_out),
-        launch=launch,
-    )
+    tiles = padded // rows
+    live = has[:, order].reshape(kernel_volume, tiles, rows).any(axis=2).T
+    offset = lax.sort(jnp.where(live, jnp.arange(kernel_volume, dtype=jnp.int32), kernel_volume), dimension=1)
+    place = offset[:, :, None] * padded + order.reshape(tiles, 1, rows)
+    return _RowTiles(live.sum(1, dtype=jnp.int32), offset, neighbour.at[place].get(mode="clip"), order)
 
 
 # --------------------------------------------------------------------------------------------------- kernels
@@ -187,9 +172,9 @@ def _convolve(num_out: int, features, weights, pairs, epilogue: Epilogue | None 
     steps = padded_in // step
     parts = _powers(width)
 
-    def kernel(count_ref, offset_ref, index_ref, order_ref, launch_ref, x_ref, w_ref, *more_refs):
+    def kernel(count_ref, offset_ref, index_ref, order_ref, x_ref, w_ref, *more_refs):
         *epilogue_refs, out_ref = more_refs
-        tile, column = launch_ref[pl.program_id(0)], pl.program_id(1) * width
+        tile, column = pl.program_id(0), pl.program_id(1) * width
 
         def add_product(t, sums):
             j, channel = lax.div(t, jnp.int32(steps)), lax.rem(t, jnp.int32(steps)) * step
@@ -213,7 +198,7 @@ def _convolve(num_out: int, features, weights, pairs, epilogue: Epilogue | None 
     x = _pad_channels(features, padded_in)
     w = _pad_channels(weights, padded_in, groups * width)
     out = jax.ShapeDtypeStruct((num_out, groups * width), features.dtype)
-    grid = tiles.order.size // blocks.rows, groups
+    grid = tiles.count.size, groups
     more = []
     if epilogue is not None:
         more = [_pad_channels(v.astype(jnp.float32), groups * width) for v in epilogue[:3]]

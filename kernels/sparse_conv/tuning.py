@@ -18,6 +18,7 @@ _ABOUT = (
     "in float32, tensorfloat32 and bfloat16 they compile to sm_80 without register spills "
     "(tests/test_pallas_triton.py)."
 )
+MOST_ROWS = 128  # of a tile
 _MOST_SUMS = 128  # float32 sums per thread of a candidate; with 255 registers there is no room for many more
 
 
