@@ -1,5 +1,8 @@
 """The table of block sizes: how it is read, measured and written; the clock is a fake."""
 
+import functools
+import types
+
 import jax
 import pytest
 from test_pallas_triton import network_kernels
@@ -65,7 +68,7 @@ def test_every_convolution_of_the_network_is_tuned_and_each_kernel_of_it():
         assert (problem.kernel_size, problem.in_channels, problem.out_channels) == (key.kernel_size, *key[1:3])
 
 
-class FakeTimer:
+class FakeTrial:
     """Wider row tiles are faster; those with 3 stages do not compile; says which keys it was asked for."""
 
     def __init__(self, stops_at: int = 10**9):
@@ -73,14 +76,20 @@ class FakeTimer:
 
     def __call__(self, key, problem):
         self.keys.append(key)
-        return self.seconds
+        return self
+
+    def lower(self, blocks):
+        return types.SimpleNamespace(compile=functools.partial(self.compile, blocks))
+
+    def compile(self, blocks):
+        if blocks.stages == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory")
+        return blocks
 
     def seconds(self, blocks):
         self.timed += 1
         if self.timed == self.stops_at:
             raise KeyboardInterrupt
-        if blocks.stages == 3:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory")
         return 1e-3 / blocks.rows + 1e-9 * blocks.warps
 
 
@@ -89,11 +98,11 @@ def test_tuning_takes_the_fastest_that_runs_goes_on_where_it_was_stopped_and_kee
     path.write_text(tuning.TABLE.read_text())
     problems = bench.tuning_keys([bench.Problem(100, 3, 32, 64), bench.Problem(100, 2, 32, 32)], "bfloat16", "sm_90")
     first, second, *_ = problems
-    stopped = FakeTimer(stops_at=len(tuning.candidates(first)) + 2)
+    stopped = FakeTrial(stops_at=len(tuning.candidates(first)) // 2 + 2)
     with pytest.raises(KeyboardInterrupt):
         bench.tune(problems, "a GPU", stopped, path)
     assert set(tuning.load(path)) - set(tuning.load()) == {first}
-    resumed = FakeTimer()
+    resumed = FakeTrial()
     bench.tune(problems, "a GPU", resumed, path)
     assert stopped.keys == [first, second] and resumed.keys == [key for key in problems if key != first]
     table = tuning.load(path)
@@ -103,15 +112,15 @@ def test_tuning_takes_the_fastest_that_runs_goes_on_where_it_was_stopped_and_kee
         assert table[key].device == "a GPU" and table[key].microseconds == pytest.approx(1e3 / rows + 4e-3, abs=0.01)
     assert {key: table[key] for key in tuning.load()} == tuning.load()
     assert [file.name for file in tmp_path.iterdir()] == ["tuning.json"]
-    again, newer = FakeTimer(), FakeTimer()
+    again, newer = FakeTrial(), FakeTrial()
     bench.tune(problems, "a GPU", again, path)
     bench.tune(problems, "another GPU", newer, path)
     assert again.keys == [] and newer.keys == list(problems)
 
 
 def test_tuning_says_which_kernel_no_candidate_of_which_runs(tmp_path):
-    class Broken(FakeTimer):
-        def seconds(self, blocks):
+    class Broken(FakeTrial):
+        def compile(self, blocks):
             raise jax.errors.JaxRuntimeError("INTERNAL: ptxas")
 
     tuning.save(tuning.load(), tmp_path / "tuning.json")
@@ -123,16 +132,15 @@ def test_tuning_says_which_kernel_no_candidate_of_which_runs(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["conv", "weight_gradient"])
 @pytest.mark.parametrize("problem", [bench.Problem(60, 3, 3, 5), bench.Problem(60, 2, 3, 5, transposed=True)])
-def test_the_timer_runs_the_kernel_it_times_with_the_blocks_it_is_given(kernel, problem, monkeypatch):
+def test_a_trial_runs_the_kernel_it_times_with_the_blocks_it_is_given(kernel, problem, monkeypatch):
     called = []
-    monkeypatch.setattr(bench, "timed", lambda function, *args, **_: jax.eval_shape(function, *args) and 1.0)
     monkeypatch.setattr(pallas_triton, "_call", noting(pallas_triton._call, called))
     blocks = Blocks(32, 16, 16, 4, 3)
     with targeting(INTERPRET):
         key = Key(kernel, *problem[2:4], problem.kernel_size, "float32", INTERPRET)
-        assert bench.KernelTimer(key, problem)(blocks) == 1.0 / bench._CALLS
+        lowered = bench.Trial(key, problem).lower(blocks)
     name = {"conv": "sparse_conv", "weight_gradient": "sparse_conv_weight_gradient"}[kernel]
-    assert called.count((name, blocks)) == bench._CALLS
+    assert called.count((name, blocks)) == 1 and len(lowered.out_info) == bench._CALLS
 
 
 def noting(call, calls: list):

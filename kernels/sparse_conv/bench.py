@@ -9,7 +9,9 @@ measured on the spot by a dense product and by a copy. The voxels lie on surface
 """
 
 import argparse
+import concurrent.futures
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -171,8 +173,8 @@ def tuning_keys(problems: Iterable[Problem], dtype: str, arch: str) -> dict[Key,
     return found
 
 
-class KernelTimer:
-    """Seconds of one call of a kernel on the default device, by the blocks it is cut into."""
+class Trial:
+    """A kernel on the problem it is tuned on: programs that call it, by the blocks it is cut into, and their times."""
 
     def __init__(self, key: Key, problem: Problem):
         self.key, self.problem = key, problem
@@ -182,20 +184,23 @@ class KernelTimer:
         rows_in, rows_out = kernel_map.num_in, kernel_map.num_out
         if problem.transposed:
             rows_in, rows_out = rows_out, rows_in
-        self.dtype = "float32" if key.dtype == "tensorfloat32" else key.dtype
-        self.kernel_map = jax.device_put(kernel_map)
+        dtype = "float32" if key.dtype == "tensorfloat32" else key.dtype
         rng = np.random.default_rng(0)
 
         def normal(*shape: int) -> jax.Array:
-            return jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+            return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
-        self.weights = normal(kernel_map.kernel_volume, problem.in_channels, problem.out_channels)
-        self.inputs = [normal(rows_in, problem.in_channels) for _ in range(_CALLS)]
-        self.direction = normal(rows_out, problem.out_channels)
+        self.arguments = (
+            [normal(rows_in, problem.in_channels) for _ in range(_CALLS)],
+            normal(kernel_map.kernel_volume, problem.in_channels, problem.out_channels),
+            jax.device_put(kernel_map),
+            normal(rows_out, problem.out_channels),
+        )
 
-    def __call__(self, blocks: Blocks) -> float:
-        """Raises JaxRuntimeError where they do not compile, or need more than a processor has."""
+    def lower(self, blocks: Blocks) -> jax.stages.Lowered:
+        """The program of these blocks; its `compile` raises JaxRuntimeError where they need more than there is."""
 
+        @jax.jit
         def one(x, weights, kernel_map, direction):
             def conv(weights):
                 return sparse_conv(
@@ -211,26 +216,23 @@ class KernelTimer:
 
         precision = "tensorfloat32" if self.key.dtype == "tensorfloat32" else None
         with tuning.trying(self.key.kernel, blocks), jax.default_matmul_precision(precision):
-            seconds = timed(
-                jax.jit(many), self.inputs, self.weights, self.kernel_map, self.direction, seconds=0.1, at_least=3
-            )
-        return seconds / _CALLS
+            return jax.jit(many).lower(*self.arguments)
+
+    def seconds(self, program: jax.stages.Compiled) -> float:
+        """Of one call of the kernel."""
+        return timed(program, *self.arguments, seconds=0.03) / _CALLS
 
 
-def tune(
-    problems: dict[Key, Problem],
-    device: str,
-    timer: Callable[[Key, Problem], Callable[[Blocks], float]] = KernelTimer,
-    path: Path = tuning.TABLE,
-) -> None:
+def tune(problems: dict[Key, Problem], device: str, trial: Callable = Trial, path: Path = tuning.TABLE) -> None:
     """Time the candidates of every key and write the fastest into the table, after each key.
 
-    What `device` has measured before is kept, so that a tuning that was stopped goes on; and so are all other entries.
+    The candidates of a key are compiled on all cores, then timed one after the other. What `device` has measured before
+    is kept, so that a tuning that was stopped goes on; and so are all other entries.
 
     Args:
         problems: what to time each kernel on.
         device: name and software, as the entries shall say.
-        timer: makes, for a key, the function from blocks to seconds.
+        trial: makes a `Trial` of a key and its problem.
         path: the table.
     Raises:
         RuntimeError: no candidate of a key runs; says why the last one did not.
@@ -238,13 +240,17 @@ def tune(
     table = tuning.load(path)
     missing = [key for key in problems if key not in table or table[key].device != device]
     print(f"{device}: {len(missing)} of {len(problems)} kernels to tune; the rest is in {path.name}", flush=True)
-    with tqdm(total=sum(len(tuning.candidates(key)) for key in missing), unit="candidate", dynamic_ncols=True) as bar:
+    compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    bar = tqdm(total=sum(len(tuning.candidates(key)) for key in missing), unit="candidate", dynamic_ncols=True)
+    with compilers, bar:
         for key in missing:
             bar.set_description(f"{key.kernel} {key.kernel_size}^3 {key.in_channels}->{key.out_channels} {key.dtype}")
-            seconds_of, times, failure = timer(key, problems[key]), {}, None
-            for blocks in tuning.candidates(key):
+            tried, times, failure = trial(key, problems[key]), {}, None
+            programs = {b: compilers.submit(tried.lower(b).compile) for b in tuning.candidates(key)}
+            concurrent.futures.wait(programs.values())
+            for blocks, program in programs.items():
                 try:
-                    times[blocks] = seconds_of(blocks)
+                    times[blocks] = tried.seconds(program.result())
                 except jax.errors.JaxRuntimeError as error:  # more registers or shared memory than there are
                     failure = error
                 bar.update()
@@ -271,7 +277,7 @@ def main() -> None:
         choices=TUNED_DTYPES,
         metavar="DTYPE",
         help=f"time block sizes instead, for operands of these types (default: {', '.join(TUNED_DTYPES)}), and write "
-        "them to kernels/sparse_conv/tuning.json; hours; started again it goes on where it was stopped",
+        "them to kernels/sparse_conv/tuning.json; started again it goes on where it was stopped",
     )
     options = parser.parse_args()
     if options.tune is not None:
