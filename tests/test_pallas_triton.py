@@ -147,7 +147,7 @@ def test_sorting_rows_by_the_sides_of_their_neighbours_saves_visits():
 @pytest.mark.parametrize("chunks", [[0, 0, 0], [1, 0, 0], [0, 1000, 3], [7, 0, 9000, 0, 7, 7], [5] * 27])
 def test_programs_share_the_pairs_out_equally_and_each_has_one_offset(chunks):
     programs = 64 + len(chunks)
-    begin, end, first, last = map(np.asarray, pallas_triton._shares(jnp.array(chunks, jnp.int32), programs))
+    begin, end, first, last = map(np.asarray, pallas_triton._shares(jnp.cumsum(jnp.array(chunks)), programs))
     taken = [range(b, e) for b, e in zip(begin, end, strict=True)]
     assert [chunk for some in taken for chunk in some] == list(range(sum(chunks)))
     of_offset = np.repeat(np.arange(len(chunks)), chunks)

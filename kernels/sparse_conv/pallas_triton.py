@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.sparse_conv import tuning
@@ -221,21 +222,24 @@ def _finish(sums, rows, columns, num_out: int, channels: int, *refs):
     return jnp.where((keep != 0)[:, None], out, 0.0)
 
 
-def _shares(chunks_of_offset, programs: int):
-    """Shares the chunks of pairs, contiguous by offset, out among programs, as equally as each keeps to one offset.
+def _shares(end_of_offset, programs: int):
+    """Shares chunks of pairs out among programs, as equally as each keeps to one offset.
 
+    Args:
+        end_of_offset: int32 [K], one past the last chunk of an offset; those of the next follow.
+        programs: more than K.
     Returns:
         begin, end: int32 [programs], the chunks of a program; none where end <= begin.
         first, last: int32 [K], the programs of an offset, `last` not among them.
     """
-    end_of_offset = jnp.cumsum(chunks_of_offset, dtype=jnp.int32)
-    share = jnp.maximum(pl.cdiv(end_of_offset[-1], programs - chunks_of_offset.size), 1)
-    number = pl.cdiv(chunks_of_offset, share)
+    begin_of_offset = jnp.pad(end_of_offset[:-1], (1, 0))
+    share = jnp.maximum(pl.cdiv(end_of_offset[-1], programs - end_of_offset.size), 1)
+    number = pl.cdiv(end_of_offset - begin_of_offset, share)
     last = jnp.cumsum(number, dtype=jnp.int32)
     first = last - number
     program = jnp.arange(programs, dtype=jnp.int32)
     k = jnp.minimum((last[None, :] <= program[:, None]).sum(1, dtype=jnp.int32), last.size - 1)
-    begin = (end_of_offset - chunks_of_offset)[k] + (program - first[k]) * share
+    begin = begin_of_offset[k] + (program - first[k]) * share
     return begin, jnp.minimum(begin + share, end_of_offset[k]), first, last
 
 
@@ -248,10 +252,10 @@ def _weight_gradient(features, grad_out, pairs, volume: int):
     (groups_in, width_in), (groups_out, width_out) = map(_groups, channels, (blocks.inputs, blocks.outputs))
     parts_in, parts_out = _powers(width_in), _powers(width_out)
     chunk = min(blocks.rows, source.shape[1])
-    live = jnp.arange(offset.size) < num_tiles
-    tiles_of_offset = jnp.zeros(volume, jnp.int32).at[offset].add(live.astype(jnp.int32))
+    upto = (offset[None, :] <= jnp.arange(volume)[:, None]) & (jnp.arange(offset.size) < num_tiles)
+    end_of_offset = upto.sum(1, dtype=jnp.int32) * (source.shape[1] // chunk)
     programs = max(pl.cdiv(_WEIGHT_PROGRAMS, groups_in * groups_out), 2 * volume)
-    begin, end, first, last = _shares(tiles_of_offset * (source.shape[1] // chunk), programs)
+    begin, end, first, last = _shares(end_of_offset, programs)
 
     def kernel(begin_ref, end_ref, source_ref, target_ref, x_ref, dy_ref, out_ref):
         program, i, j = pl.program_id(0), pl.program_id(1) * width_in, pl.program_id(2) * width_out
@@ -310,6 +314,7 @@ def _back(weights, pairs):
 
     There, with (i, j, k) there is (j, i, K - 1 - k).
     """
+    weights = with_layout_constraint(weights, Layout(major_to_minor=(0, 1, 2)))
     if weights.shape[0] % 2:
         return weights[::-1].swapaxes(1, 2), pairs
     return exchanged(weights, pairs)
