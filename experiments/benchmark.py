@@ -6,8 +6,9 @@
 Writes benchmark_<device>.md, .json and .png beside this file. Times are medians of wall seconds of calls that end when
 their result is ready, after one that is not counted. "XLA" is the portable path, where another is faster here. The
 roofline is max(operations / peak, bytes / bandwidth) of what a call cannot do without, the peaks measured on this
-device (kernels/sparse_conv/bench.py). spconv is timed where it can be imported; MinkowskiEngine's columns are its
-recorded times on another machine (--golden).
+device (kernels/sparse_conv/bench.py). spconv is timed where it and torch can be imported (experiments/peer.py), on a
+GPU in float16 beside bfloat16; XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it its memory. MinkowskiEngine's columns are
+its recorded times on another machine (--golden).
 """
 
 import argparse
@@ -41,6 +42,11 @@ from kernels.sparse_conv.api import fastest
 from kernels.sparse_conv.bench import measure_peaks, time_convolution, timed, voxels_of
 from kernels.sparse_conv.shapes import Problem
 
+try:
+    from experiments import peer
+except ImportError:
+    peer = None
+
 ROOT = Path(__file__).parent
 PACKAGES = ["jax", "jaxlib", "flax", "numpy", "numba"]
 OUT_CHANNELS = 768
@@ -53,7 +59,6 @@ def convolutions(sizes: list[int], dtype: str) -> list[dict]:
     """Single 3^3 convolutions of the network's widths, and its strided pair, at every size."""
     peaks = measure_peaks(dtype)
     on_cpu = jax.default_backend() == "cpu"
-    spconv = _spconv() if dtype == "float32" and on_cpu else None
     rows = []
     for voxels in sizes:
         others = not on_cpu or voxels <= CPU_OTHERS_VOXELS
@@ -65,13 +70,15 @@ def convolutions(sizes: list[int], dtype: str) -> list[dict]:
             plain = (
                 time_convolution(coords, problem, dtype, peaks, "xla") if others and fastest(dtype) != "xla" else None
             )
-            peer = spconv(coords, problem) if others and spconv and problem.kernel_size == 3 else (None, None)
-            for what, ours, xla, best, theirs in (
-                ("forward", row.forward, plain and plain.forward, row.forward_roofline, peer[0]),
-                ("forward + backward", row.training, plain and plain.training, row.training_roofline, peer[1]),
+            theirs = None, None
+            if peer and others and problem.kernel_size == 3:
+                theirs = peer.convolution_seconds(coords, problem, dtype)
+            for what, ours, xla, best, spconv in (
+                ("forward", row.forward, plain and plain.forward, row.forward_roofline, theirs[0]),
+                ("forward + backward", row.training, plain and plain.training, row.training_roofline, theirs[1]),
             ):
                 name = f"{row.problem}, {dtype}, {what}"
-                rows.append(_row(name, voxels, ours, xla=xla, roofline=best, spconv=theirs))
+                rows.append(_row(name, voxels, ours, xla=xla, roofline=best, spconv=spconv))
     return rows
 
 
@@ -100,7 +107,12 @@ def networks(clouds: dict[int, np.ndarray], dtype: str, recorded: dict) -> list[
         pyramid = jax.device_put(voxel_grid.build_pyramid(coords))
         feats = jnp.ones((pyramid.bucket, 3)) * jnp.asarray(pyramid.mask(0))[:, None]
         variables = jax.jit(network(None).init, static_argnames="train")(jax.random.key(0), feats, pyramid, train=False)
-        for what, function in (("forward", forward), ("forward + backward", training)):
+        others = not on_cpu or voxels <= CPU_OTHERS_VOXELS
+        theirs = peer.network_seconds(coords, OUT_CHANNELS, dtype) if peer and others else (None, None)
+        for what, function, spconv in (
+            ("forward", forward, theirs[0]),
+            ("forward + backward", training, theirs[1]),
+        ):
             if on_cpu and function is training and voxels > CPU_TRAINING_VOXELS:
                 continue
 
@@ -110,8 +122,8 @@ def networks(clouds: dict[int, np.ndarray], dtype: str, recorded: dict) -> list[
             if on_cpu:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             row = _row(f"MinkUNet18A, {voxels:,} voxels, {dtype}, {what}", voxels, seconds(None))
-            row |= {"minkowski_engine": recorded.get((voxels, what)), "memory_gb": _peak_memory()}
-            if fastest(dtype) != "xla" and (not on_cpu or voxels <= CPU_OTHERS_VOXELS):
+            row |= {"spconv": spconv, "minkowski_engine": recorded.get((voxels, what)), "memory_gb": _peak_memory()}
+            if fastest(dtype) != "xla" and others:
                 row["xla"] = seconds("xla")
             rows.append(row)
     return rows
@@ -187,40 +199,6 @@ def _peak_memory() -> float:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1e9
 
 
-def _spconv():
-    """Seconds of spconv's CPU convolution, forward and forward + backward, as a function; None without spconv."""
-    try:
-        import spconv.pytorch as spconv
-        import torch
-    except ImportError:
-        return None
-    # its backward asks for the CUDA stream even on a CPU
-    spconv.ops.get_current_stream = lambda: 0
-    torch.set_num_threads(os.cpu_count() or 1)
-
-    def seconds(coords: np.ndarray, problem: Problem) -> tuple[float, float]:
-        order = np.lexsort(coords.T[::-1])
-        indices = torch.from_numpy(coords[order] - [0, *coords[:, 1:].min(0)]).int()
-        features = torch.randn(len(coords), problem.in_channels, requires_grad=True)
-        shape = (indices[:, 1:].max(0).values + 1).tolist()
-        layer = spconv.SubMConv3d(
-            problem.in_channels, problem.out_channels, 3, bias=False, indice_key="map", algo=spconv.ConvAlgo.Native
-        )
-        first = layer(spconv.SparseConvTensor(features, indices, shape, 1))
-
-        def forward():
-            x = spconv.SparseConvTensor(features, indices, shape, 1)
-            x.indice_dict = first.indice_dict
-            return layer(x).features
-
-        def training():
-            forward().sum().backward()
-
-        return timed(forward), timed(training)
-
-    return seconds
-
-
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -256,7 +234,7 @@ def main() -> None:
 def _report(rows: list[dict]) -> None:
     device = jax.devices()[0].device_kind
     machine = f"{device}, {os.cpu_count()} cores, {platform.machine()}"
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | (peer.VERSIONS if peer else {})
     titles = {
         "xla": "XLA",
         "roofline": "roofline",
