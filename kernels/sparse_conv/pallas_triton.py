@@ -314,6 +314,7 @@ def _back(weights, pairs):
 
     There, with (i, j, k) there is (j, i, K - 1 - k).
     """
+    # Else XLA lays the weights out transposed, which makes this free, and copies them and the optimizer's state for it.
     weights = with_layout_constraint(weights, Layout(major_to_minor=(0, 1, 2)))
     if weights.shape[0] % 2:
         return weights[::-1].swapaxes(1, 2), pairs
