@@ -49,6 +49,8 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
         if hosts.is_first():
             print(f"{workdir} is complete:\n\n{evaluate.table(results)}")
         return results
+    if mode in ("all", "train"):
+        _check_stage1_from(config)
     data_dir = Path(config.data.prepared or workdir / "data")
     if mode in ("all", "prepare"):
         with _timed(workdir, "prepare"):
@@ -56,7 +58,6 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
                 prepare.prepare(config, data_dir)
     prepare.is_prepared(config, data_dir)  # and fits the configuration; without it, training says what to do
     if mode in ("all", "train"):
-        _check_stage1_from(config)
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
     if mode in ("all", "eval"):
@@ -130,10 +131,12 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def _check_stage1_from(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError where the run that `stage1_from` names had another stage 1, told from its `config.json`."""
-    path = Path(config.stage1_from) / "config.json"
-    if not config.stage1_from or not path.is_file():  # where there is no run at all, training says so
+    """Raises ValueError where `stage1_from` names no run, or one with another stage 1, told from its `config.json`."""
+    if not config.stage1_from:
         return
+    path = Path(config.stage1_from) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"stage1_from: {path.parent} is no work directory of a run: it has no config.json")
     for field, values in differences(json.loads(path.read_text()), json.loads(config.to_json_best_effort())).items():
         if not field.startswith("eval.") and field not in _NOT_STAGE_1:
             raise ValueError(

@@ -112,6 +112,14 @@ def test_a_stage_1_that_was_another_is_not_taken_over(tmp_path, field, value, an
         run._check_stage1_from(config)
 
 
+def test_a_stage_1_that_is_nowhere_is_missed_before_anything_is_prepared(tmp_path):
+    config = configs.load("synthetic")
+    config.stage1_from = str(tmp_path / "mistyped")
+    with pytest.raises(ValueError, match="stage1_from: .*mistyped is no work directory of a run"):
+        run.run(config, tmp_path / "work")
+    assert not (tmp_path / "work" / "data").exists()
+
+
 def test_seconds_of_sittings_add_up_and_those_of_the_last_evaluation_count(tmp_path):
     write_json(tmp_path / "seconds.json", {"train": 50.0, "eval": 50.0})
     for part in ("train", "eval"):
