@@ -80,7 +80,7 @@ def candidates(key: Key) -> list[Blocks]:
     """Blocks worth measuring for `key`, to be tried with `trying`."""
     conv = key.kernel == "conv"
     padded_in, padded_out = (-(-channels // 16) * 16 for channels in (key.in_channels, key.out_channels))
-    choices = ((64, 128), (16, 32, 64), (64, 128, 256)) if conv else ((32, 64), (64, 128), (64, 128))
+    choices = ((32, 64, 128), (16, 32, 64, 128), (64, 128, 256)) if conv else ((32, 64), (64, 128), (64, 128))
     found = set()
     for rows, inputs, outputs, warps, stages in itertools.product(*choices, (4, 8), (3, 5)):
         inputs = min(inputs, padded_in & -padded_in if conv else padded_in)
