@@ -59,7 +59,7 @@ def test_the_step_compiles_for_a_gpu_and_multiplies_float32_in_full(dtype, tmp_p
     kernels = [file.read_text() for file in tmp_path.glob("*.ptx")]
     if not kernels:
         pytest.skip("it compiles; this XLA, of jax 0.12, does not write its PTX out")
-    convolutions = [kernel for kernel in kernels if ".entry sparse_conv" in kernel]
+    convolutions = [kernel for kernel in kernels if ".entry sparse_conv" in kernel and "gradient_sum" not in kernel]
     assert len(convolutions) > 20 and all(".target sm_90" in kernel for kernel in convolutions)
     assert all("cp.async" in kernel for kernel in convolutions)  # loads are pipelined
     assert not any(".tf32" in kernel for kernel in kernels)
