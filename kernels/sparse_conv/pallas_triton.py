@@ -113,9 +113,11 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
 
     tiles = padded // rows
     live = has[:, order].reshape(kernel_volume, tiles, rows).any(axis=2).T
-    offset = lax.sort(jnp.where(live, jnp.arange(kernel_volume, dtype=jnp.int32), kernel_volume), dimension=1)
+    k = jnp.arange(kernel_volume, dtype=jnp.int32)
+    slot = jnp.where(live, jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, kernel_volume)
+    offset = jnp.where(slot[:, None, :] == k[:, None], k, 0).sum(2, dtype=jnp.int32)
     place = offset[:, :, None] * padded + order.reshape(tiles, 1, rows)
-    return _RowTiles(live.sum(1, dtype=jnp.int32), offset, neighbour.at[place].get(mode="clip"), order)
+    return _RowTiles(live.sum(1, dtype=jnp.int32), offset, neighbour.at[place].get(mode="promise_in_bounds"), order)
 
 
 # --------------------------------------------------------------------------------------------------- kernels
