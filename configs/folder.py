@@ -1,9 +1,9 @@
 """GGSD on a folder of your own: clouds, and best also posed images; no labels are needed.
 
-  python -m ggsd_jax.main --config=configs/folder.py --workdir=out/mine --mode=prepare --config.data.root=/data/mine \\
+  python -m ggsd_jax.main --config=configs/folder.py --workdir=out/mine --config.data.root=/data/mine \\
       --config.teacher.weights=/data/clip-vit-base-patch16 --config.text.encoder=/data/clip-vit-base-patch16
 
-then the same with `--mode=train`. `data.root` holds
+`data.root` holds
 
   <root>/<scene>/           a folder per scene, or just the cloud file <root>/<scene>.ply (beside which images/ and
                             so on may lie, if it is the only one)
@@ -14,8 +14,8 @@ then the same with `--mode=train`. `data.root` holds
     intrinsics.txt          fx fy cx cy in pixels of the images, or the 3x3 or 4x4 matrix; or intrinsics/K.txt
     depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image
 
-Scenes named in `val.txt` (one per line, labelled with the ids of `data.label_set`) are scored, all others trained on.
-Clouds or poses in millimetres: `--config.data.scale=0.001`. A real 2D network looks at the images; its weights and
+Scenes named in `val.txt` (one per line, labelled with the ids of `data.label_set`) are scored, all others trained on;
+without it the run ends with the trained network. Clouds or poses in millimetres: `--config.data.scale=0.001`. A real 2D network looks at the images; its weights and
 the text go together as configs/scannet.py says. Labelled clouds without images are looked at by simulated cameras and,
 with `--config.teacher.name=simulated`, by the simulated network.
 

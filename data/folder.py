@@ -80,25 +80,26 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def read_cloud(path: str | os.PathLike, scale: float | None = None) -> Scene:
-    """The cloud of a file in metres.
+def read_cloud(
+    path: str | os.PathLike, scale: float | None = None, *, labels: bool = True, say: str = "data.scale={scale:g}"
+) -> Scene:
+    """Points in metres, and where the file has them colours, normals and labels, of a cloud named after its file.
 
     Args:
-      path: as for `read_file`.
+      path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
       scale: metres per unit of the file, 0.001 where it is in millimetres; None: metres, where that is plausible.
+      labels: whether the labels of a file other than .npz are read; they must be classes then.
+      say: as for `check_metres`.
 
     Raises:
-      ValueError: what `read_file` and `check_metres` raise.
+      FileNotFoundError: there is no such file.
+      ValueError: another kind of file, a corrupt one, or one that is hardly in metres.
     """
-    scene = read_file(path)
+    path = Path(path)
+    scene = _read_file(path, labels)
     if scale is None:
-        check_metres(Path(path), scene.points, "data.scale={scale:g}")
+        check_metres(path, scene.points, say)
         return scene
-    return in_metres(scene, scale)
-
-
-def in_metres(scene: Scene, scale: float) -> Scene:
-    """The same scene with its points multiplied by `scale`, metres per unit."""
     return dataclasses.replace(scene, points=(scene.points.astype(np.float64) * scale).astype(np.float32))
 
 
@@ -123,24 +124,14 @@ def check_metres(path: Path, points: Float32[np.ndarray, "N 3"], say: str) -> No
         )
 
 
-def read_file(path: str | os.PathLike) -> Scene:
-    """Points, and where the file has them colours, normals and labels, of a cloud named after its file.
-
-    Args:
-      path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: another kind of file, or a corrupt one.
-    """
-    path = Path(path)
+def _read_file(path: Path, labels: bool) -> Scene:
     if path.suffix.lower() not in CLOUD_SUFFIXES:
         raise ValueError(f"{path}: expected one of {', '.join(CLOUD_SUFFIXES)}")
     if path.suffix.lower() == ".npz":
         return Scene.load_npz(path)
     try:
         columns = _COLUMNS[path.suffix.lower()](path)
-        return _with_labels(scene_of_columns(path, columns), columns.get("label"))
+        return _with_labels(scene_of_columns(path, columns), columns.get("label") if labels else None)
     except ValueError as error:
         if str(path) in str(error):
             raise

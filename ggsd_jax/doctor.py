@@ -238,6 +238,12 @@ def _holds_embeddings(given: Path) -> bool:
         return "embedding.npy" in archive.namelist()
 
 
+def _holds_vocabulary(given: Path) -> bool:
+    from ggsd_jax.vision_language import tokenizer
+
+    return any((given / name).is_file() for name in ("vocab.json", "tokenizer.json", tokenizer.OPENAI_FILE))
+
+
 def _is_cloud(given: Path) -> bool:
     from data.folder import CLOUD_SUFFIXES
 
@@ -344,7 +350,7 @@ KINDS = [
     Kind(_has_replica, _replica, _LOOKS.format("replica")),
     Kind(lambda p: bool(_preprocessed_clouds(p)), _preprocessed, "run OpenScene's scripts/download_dataset.sh again"),
     Kind(
-        lambda p: any(p.glob("[!.]*.pt")),
+        lambda p: any(p.glob("[!.]*.pt")) and not _holds_vocabulary(p),
         _fused_features,
         "run OpenScene's scripts/download_fused_features.sh again",
     ),

@@ -26,10 +26,10 @@ from jaxtyping import Float, Int, Int32, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.folder import CLOUD_SUFFIXES, UNITS, check_metres, in_metres, read_file
+from data.folder import CLOUD_SUFFIXES, UNITS, read_cloud
 from data.labels import LABEL_SETS, LabelSet, unknown_label_set
 from data.ply import replacing, write_ply
-from data.scene import Scene, read_ply
+from data.scene import Scene
 from data.synthetic import SYNTHETIC
 from ggsd_jax import inference, render
 from ggsd_jax.inference import Model
@@ -38,7 +38,6 @@ from kernels.voxel_grid import kernel_map, voxelize
 THRESHOLD = 0.5
 MIN_POINTS = 20  # a region of fewer is a speck
 _KNOWN_LABELS = {SYNTHETIC.name: SYNTHETIC, **LABEL_SETS}
-_READERS = dict.fromkeys(CLOUD_SUFFIXES, read_file) | {".ply": read_ply}  # whose labels need not be classes
 
 # ------------------------------------------------------------------------------------------------- the answer
 
@@ -109,14 +108,14 @@ def scene_files(paths: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             there = (file for file in path.iterdir() if file.is_file() or file.is_symlink())
             seen = (file for file in there if not file.name.startswith("."))  # macOS puts ._room.ply beside room.ply
-            inside = sorted(file for file in seen if file.suffix.lower() in _READERS)
+            inside = sorted(file for file in seen if file.suffix.lower() in CLOUD_SUFFIXES)
             if not inside:
-                raise FileNotFoundError(f"{path}: no {' or '.join(_READERS)} file in this folder")
+                raise FileNotFoundError(f"{path}: no {' or '.join(CLOUD_SUFFIXES)} file in this folder")
             files += inside
         elif not path.is_file():
             raise FileNotFoundError(f"{path}: no such scan")
-        elif path.suffix.lower() not in _READERS:
-            raise ValueError(f"{path}: expected a {' or '.join(_READERS)} file; convert it, e.g. with CloudCompare")
+        elif path.suffix.lower() not in CLOUD_SUFFIXES:
+            raise ValueError(f"{path}: expected a {' or '.join(CLOUD_SUFFIXES)} file; convert it, e.g. with CloudCompare")
         else:
             files.append(path)
     stems: dict[str, Path] = {}
@@ -133,11 +132,7 @@ def read_scene(path: Path, unit: str | None = None) -> Scene:
     Raises:
         ValueError: the file is not as its reader wants it, or its size says that it is not in metres.
     """
-    scene = _READERS[path.suffix.lower()](path)
-    if unit is None:
-        check_metres(path, scene.points, "--unit={unit}")
-        return scene
-    return in_metres(scene, UNITS[unit])
+    return read_cloud(path, None if unit is None else UNITS[unit], labels=False, say="--unit={unit}")
 
 
 def word_list(name: str) -> LabelSet:

@@ -60,7 +60,10 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
     if mode in ("all", "train"):
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
-    if mode in ("all", "eval"):
+    if mode == "all" and "val" not in prepare.load_report(data_dir):
+        if hosts.is_first():
+            print(f"\ntrained: {workdir}; without labelled scenes there is nothing to score")
+    elif mode in ("all", "eval"):
         with _timed(workdir, "eval"):
             results = evaluate.evaluate(config, workdir, data_dir)
         results["seconds"] = json.loads((workdir / "seconds.json").read_text())

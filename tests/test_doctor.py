@@ -123,6 +123,11 @@ def test_openscenes_downloads_are_counted_and_the_text_is_told(tmp_path):
     assert doctor.path(clouds).state == "ok" and said in doctor.path(clouds).what
     said = "OpenScene's 2D features, 1 file, 768 channels, for the text of CLIP ViT-L/14@336px"
     assert doctor.path(features).state == "ok" and said in doctor.path(features).what
+    clip = tmp_path / "clip"  # OpenAI's network is a .pt file, too
+    clip.mkdir()
+    (clip / "ViT-B-32.pt").touch()
+    (clip / "vocab.json").touch()
+    assert "CLIP's folder" in doctor.path(clip).advice
     for file, path in ((clouds / "train/a_vh_clean_2.pth", clouds), (features / "a_0.pt", features)):
         file.write_bytes(file.read_bytes()[:100])
         assert doctor.path(path).state == "FAIL" and "run OpenScene's scripts" in doctor.path(path).advice

@@ -115,6 +115,12 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
     assert query.read_scene(tmp_path / "room.npz", "m").points.max() > 100
 
 
+def test_labels_that_are_no_classes_do_not_matter(tmp_path):
+    header = "VERSION .7\nFIELDS x y z label\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 2\nHEIGHT 1\nPOINTS 2\n"
+    (tmp_path / "b.pcd").write_text(header + "DATA ascii\n0 0 0 1000\n1 1 1 0\n")
+    assert query.read_scene(tmp_path / "b.pcd").points.tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

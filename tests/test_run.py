@@ -45,6 +45,15 @@ def test_a_run_whose_states_were_deleted_keeps_its_configuration(tmp_path, left)
         _claim(tmp_path, ml_collections.ConfigDict({"root": "/nope"}))
 
 
+def test_without_labelled_scenes_a_run_ends_with_the_training(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(run.prepare, "prepare", lambda config, data_dir: None)
+    monkeypatch.setattr(run.prepare, "load_report", lambda data_dir: {"train": {}})
+    monkeypatch.setattr(run.train, "train", lambda *args, **kwargs: trained.append(args))
+    assert run.run(configs.load("synthetic"), tmp_path) is None
+    assert trained and "without labelled scenes there is nothing to score" in capsys.readouterr().out
+
+
 def test_a_second_process_is_kept_out_of_a_work_directory(tmp_path):
     config = configs.load("synthetic")
     with (tmp_path / ".lock").open("w") as other:
