@@ -161,7 +161,8 @@ def model_card(name: str, model: inference.Model, results: dict | None, buckets:
     info, source = model.info, model.info["trained_on"]
     net = inference.network(model.variables, info["arch"])
     parameters = sum(np.size(leaf) for leaf in portable.flat(model.variables).values())
-    licence = _LICENCES.get(source["dataset"], _UNKNOWN_LICENCE)
+    data = info["label_set"].rstrip("0123456789") if source["dataset"] == "openscene" else source["dataset"]
+    licence = _LICENCES.get(data, _UNKNOWN_LICENCE)
     lines = [
         f"# {name}",
         "",

@@ -113,6 +113,12 @@ def test_the_card_tells_data_licence_protocol_and_numbers(model_dir, tmp_path):
     assert "None were measured" in (tmp_path / "fourth" / "MODEL_CARD.md").read_text()
 
 
+def test_the_licence_of_openscenes_downloads_is_that_of_their_data(model_dir):
+    model = inference.load(model_dir)
+    info = model.info | {"label_set": "scannet20", "trained_on": model.info["trained_on"] | {"dataset": "openscene"}}
+    assert "ScanNet Terms of Use" in export.model_card("x", inference.Model(model.variables, info), None, ())
+
+
 def test_a_file_of_embeddings_goes_along(model_dir, points, tmp_path):
     model = inference.load(model_dir)
     np.savez(tmp_path / "words.npz", embedding=model.embed(["wall", "lamp"]), names=np.array(["wall", "lamp"]))

@@ -254,15 +254,16 @@ def test_bfloat16_arithmetic_leaves_parameters_statistics_and_losses_in_float32(
 
 
 def test_a_nan_stops_the_run_names_step_and_term_and_keeps_the_last_good_state(finished, tmp_path):
-    config = miniature(**{"batch_size": 4, "optimizer.learning_rate": 1e30, "data.prepared": str(finished / "data")})
+    changes = {"optimizer.learning_rate": 1e30, "log_every": 1, "checkpoint_every": 1}
+    config = miniature(**changes, **{"batch_size": 4, "data.prepared": str(finished / "data")})
     run.run(config, tmp_path, "prepare")
-    with pytest.raises(NonFiniteError, match=r"step \d+: \w+ is (nan|inf)"):
+    with pytest.raises(NonFiniteError, match=r"step \d+: \w+ is (nan|inf)") as stopped:
         run.run(config, tmp_path, "train")
     manager = checkpoint.manager(tmp_path / "checkpoints", keep=0)
     assert not (tmp_path / "model").exists()
-    if manager.latest_step() is not None:
-        raw = manager.restore(manager.latest_step())
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raw["params"]))
+    assert f"step {manager.latest_step() + 1}:" in str(stopped.value)
+    raw = manager.restore(manager.latest_step())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raw["params"]))
 
 
 def test_learning_rates_are_those_openscene_really_used(shared):
