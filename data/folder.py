@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float, Float64, Shaped
 
 from data.frames import Views, image_size_of, read_depth, read_pose
 from data.labels import IGNORE
@@ -85,6 +85,8 @@ def read_cloud(
 ) -> Scene:
     """Points in metres, and where the file has them colours, normals and labels, of a cloud named after its file.
 
+    Points without a reading, of which x, y or z is not finite, are left out, as organised clouds have them.
+
     Args:
       path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
       scale: metres per unit of the file, 0.001 where it is in millimetres; None: metres, where that is plausible.
@@ -96,14 +98,37 @@ def read_cloud(
       ValueError: another kind of file, a corrupt one, or one that is hardly in metres.
     """
     path = Path(path)
-    scene = _read_file(path, labels)
+    if path.suffix.lower() not in CLOUD_SUFFIXES:
+        raise ValueError(f"{path}: expected one of {', '.join(CLOUD_SUFFIXES)}")
+    if path.suffix.lower() == ".npz":
+        scene = Scene.load_npz(path)
+        return dataclasses.replace(scene, points=_in_metres(path, scene.points, scale, say).astype(np.float32))
+    try:
+        columns = _COLUMNS[path.suffix.lower()](path)
+        if columns.keys() >= {*"xyz"}:  # else `scene_of_columns` says what is missing
+            points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
+            read = np.isfinite(points).all(axis=1)
+            if not read.all():
+                log.warning("%s: %d of %d points have no finite x, y, z: left out", path, (~read).sum(), len(read))
+                columns = {name: column[read] for name, column in columns.items()}
+            columns |= zip("xyz", _in_metres(path, points[read], scale, say).T, strict=True)
+        return _with_labels(scene_of_columns(path, columns), columns.get("label") if labels else None)
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _in_metres(
+    path: Path, points: Float[np.ndarray, "N 3"], scale: float | None, say: str
+) -> Float[np.ndarray, "N 3"]:
     if scale is None:
-        check_metres(path, scene.points, say)
-        return scene
-    return dataclasses.replace(scene, points=(scene.points.astype(np.float64) * scale).astype(np.float32))
+        check_metres(path, points, say)
+        return points
+    return points * np.float64(scale)
 
 
-def check_metres(path: Path, points: Float32[np.ndarray, "N 3"], say: str) -> None:
+def check_metres(path: Path, points: Float[np.ndarray, "N 3"], say: str) -> None:
     """Questions a cloud, z up, that is too large or too small to be in metres; one point in a hundred may lie far out.
 
     Args:
@@ -112,6 +137,8 @@ def check_metres(path: Path, points: Float32[np.ndarray, "N 3"], say: str) -> No
     Raises:
       ValueError: it is in doubt; says its size in each unit.
     """
+    if not len(points):
+        return
     sides = np.ptp(np.quantile(points, [0.005, 0.995], axis=0), axis=0)
     size = {unit: " x ".join(f"{side * scale:.3g}" for side in sides) for unit, scale in UNITS.items()}
     if sides[2] > _TALLEST or max(sides[:2]) > _WIDEST:
@@ -122,20 +149,6 @@ def check_metres(path: Path, points: Float32[np.ndarray, "N 3"], say: str) -> No
             f"{path}: {size['m']} m is small for a scan. Bring it to metres, e.g. with CloudCompare; or state that it "
             f"is: {say.format(unit='m', scale=1.0)}"
         )
-
-
-def _read_file(path: Path, labels: bool) -> Scene:
-    if path.suffix.lower() not in CLOUD_SUFFIXES:
-        raise ValueError(f"{path}: expected one of {', '.join(CLOUD_SUFFIXES)}")
-    if path.suffix.lower() == ".npz":
-        return Scene.load_npz(path)
-    try:
-        columns = _COLUMNS[path.suffix.lower()](path)
-        return _with_labels(scene_of_columns(path, columns), columns.get("label") if labels else None)
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _with_labels(scene: Scene, labels: Shaped[np.ndarray, " N"] | None) -> Scene:
@@ -149,8 +162,12 @@ def _with_labels(scene: Scene, labels: Shaped[np.ndarray, " N"] | None) -> Scene
 
 def _read_text(path: Path) -> dict[str, np.ndarray]:
     """The columns of a text file of 3 or 6 numbers per line, separated by blanks or commas; # begins a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file; is its ending right? ({error})") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         content = line.split("#")[0].strip()
         cells = re.split(_SEPARATOR, content)
         if cells == [""]:
@@ -169,12 +186,7 @@ def _read_text(path: Path) -> dict[str, np.ndarray]:
     table = np.array(rows)
     columns = dict(zip("xyz", table.T[:3], strict=True))
     if table.shape[1] == 6:
-        colors = table[:, 3:]
-        if not ((colors >= 0) & (colors <= 255)).all():
-            row = np.flatnonzero(~((colors >= 0) & (colors <= 255)).all(axis=1))[0]
-            raise ValueError(f"{path}: colors of point {row} are {colors[row]}, expected 0..255, or 0..1 for all")
-        colors = np.round(colors * (255 if colors.max() <= 1 else 1)).astype(np.uint8)
-        columns |= dict(zip(("red", "green", "blue"), colors.T, strict=True))
+        columns |= zip(("red", "green", "blue"), table.T[3:], strict=True)
     return columns
 
 

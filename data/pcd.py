@@ -19,9 +19,8 @@ _PARTS = ("fields", "size", "type", "count", "width", "height", "points", "data"
 def read_pcd_columns(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "N *_"]]:
     """The fields of a PCD file, each a column [N], or [N, count] where a field has several values per point.
 
-    Points without a reading, of which x, y or z is nan, are left out, as organised clouds have them.  The
-    packed field `rgb` (or `rgba`) becomes the columns red, green and blue, 0..255; normal_x, normal_y and
-    normal_z become nx, ny and nz, 0 where they are nan.
+    The packed field `rgb` (or `rgba`) becomes the columns red, green and blue, 0..255; normal_x, normal_y and
+    normal_z become nx, ny and nz.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -47,10 +46,8 @@ def read_pcd_columns(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "N
             columns |= {name: (bits >> shift & 255).astype(np.uint8) for name, shift in _SHIFTS.items()}
     for axis in "xyz":
         if f"normal_{axis}" in columns:
-            columns[f"n{axis}"] = np.nan_to_num(columns.pop(f"normal_{axis}"))
-    axes = [columns[axis] for axis in "xyz" if axis in columns]
-    kept = np.isfinite(np.array(axes, np.float64)).all(axis=0) if axes else slice(None)
-    return {name: column[kept] for name, column in columns.items() if not name.startswith("_")}
+            columns[f"n{axis}"] = columns.pop(f"normal_{axis}")
+    return {name: column for name, column in columns.items() if not name.startswith("_")}
 
 
 _SHIFTS = {"red": 16, "green": 8, "blue": 0}

@@ -270,7 +270,8 @@ def read_ply(path: str | os.PathLike) -> Scene:
 def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
     """The scene that the columns of a file make, named after the file.
 
-    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`.
+    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`, 0 where a value
+    is not finite.
 
     Raises:
       ValueError: there is no x, y or z, or a field is out of range.
@@ -289,7 +290,7 @@ def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
             name=path.stem,
             points=points,
             colors=_colors_to_uint8(stacked("red", "green", "blue")),
-            normals=None if normals is None else normals.astype(np.float32),
+            normals=None if normals is None else np.where(np.isfinite(normals), normals, 0).astype(np.float32),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -311,9 +312,10 @@ def _in_float32(path: Path, points: Shaped[np.ndarray, "N 3"]) -> Float32[np.nda
 def _colors_to_uint8(colors: np.ndarray | None) -> UInt8[np.ndarray, "N 3"] | None:
     if colors is None or colors.dtype == np.uint8 or not colors.size:
         return None if colors is None else colors.astype(np.uint8)
-    limit = 1 if colors.dtype.kind == "f" and colors.max() <= 1 else 255
-    bad = ~((colors >= 0) & (colors <= limit)).all(axis=1)
+    off = 1e-3  # averaged colours overshoot by rounding
+    limit = 1 if colors.dtype.kind == "f" and colors.max() <= 1 + off else 255
+    bad = ~((colors >= -off) & (colors <= limit + off)).all(axis=1)
     if bad.any():
         row = np.flatnonzero(bad)[0]
         raise ValueError(f"colors row {row} is {colors[row]}, expected 0..{limit} as {colors.dtype}; rescale them")
-    return np.round(colors * (255 / limit)).astype(np.uint8)
+    return np.round(np.clip(colors, 0, limit) * (255 / limit)).astype(np.uint8)

@@ -253,9 +253,15 @@ def _is_cloud(given: Path) -> bool:
 def _scans(given: Path) -> str:
     from ggsd_jax import query
 
-    files = query.scene_files([given])
-    points = len(query.read_scene(files[0]).points)
-    return f"{_count(len(files), 'scan')}, the first of {points:,} points"
+    files, points, broken = query.scene_files([given]), 0, []
+    for file in files:
+        try:
+            points += len(query.read_scene(file).points)
+        except (ValueError, OSError) as error:
+            broken.append(str(error))
+    if broken:
+        raise ValueError(f"{len(broken)} of {_count(len(files), 'scan')} cannot be used: {broken[0]}")
+    return f"{_count(len(files), 'scan')}, {points:,} points"
 
 
 def _own(given: Path) -> str:
@@ -326,6 +332,7 @@ def _has_replica(given: Path) -> bool:
 
 
 _LOOKS = "configs/{}.py says how the folder must look"
+_MEND = "mend the file as the line says, or leave it out; --unit is for query and viewer"
 KINDS = [
     Kind(
         lambda p: (p / "model.json").is_file() or (p / "model" / "model.json").is_file(),
@@ -355,7 +362,7 @@ KINDS = [
         "run OpenScene's scripts/download_fused_features.sh again",
     ),
     Kind(_holds_embeddings, _encoder, "BUILD.md, 2D networks and text, says what the file holds"),
-    Kind(lambda p: any(map(_is_cloud, [p, *p.glob("*")])), _scans, "mend the file as the line says, or leave it out"),
+    Kind(lambda p: any(map(_is_cloud, [p, *p.glob("*")])), _scans, _MEND),
     Kind(lambda p: any(map(_is_cloud, p.glob("*/*"))), _own, _LOOKS.format("folder")),
     Kind(
         lambda p: p.is_dir() and any(p.iterdir()),

@@ -226,7 +226,8 @@ feats[: len(voxels)] = {feats}
 features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), feats))[of_point.ravel()]
 ```
 
-NaN means that the cloud does not fit the bucket (take the next one), or spans over a million voxels along an axis.
+More voxels than the bucket has rows are an error of shapes: take the next bucket. So, too, where the features are NaN:
+coarser levels did not fit, or the cloud spans over a million voxels along an axis.
 """
 
 

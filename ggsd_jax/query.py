@@ -149,7 +149,7 @@ def word_list(name: str) -> LabelSet:
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such list of labels") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a text file, one label per line: {error}") from error
+            raise ValueError(f"{path}: not a text file in UTF-8, one label per line: {error}") from error
         words = tuple(filter(None, lines))
         if not words:
             raise ValueError(f"{path}: no label in it; write one per line")
@@ -203,8 +203,8 @@ def _legend(words: Sequence[str], palette: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(words, palette, strict=True))
 
 
-def answer(model: Model, scene: Scene, args: argparse.Namespace) -> list[list[Region]]:
-    """Prints and stores what was found of every query in a scene; returns the regions of each."""
+def answer(model: Model, scene: Scene, args: argparse.Namespace) -> tuple[list[list[Region]], list[str]]:
+    """Stores what was found of every query in a scene; returns the regions of each, and the lines to print."""
     words = args.words
     scores = model.query(scene.points, words, args.without, scene.colors)
     ids = winners(scores, args.threshold)
@@ -216,22 +216,22 @@ def answer(model: Model, scene: Scene, args: argparse.Namespace) -> list[list[Re
         panels |= {f'"{word}"': heat_map(scores[:, i], args.threshold, grey) for i, word in enumerate(words)}
     render.side_by_side(args.out / f"{scene.name}.png", scene.points, panels, _legend(words, palette))
 
-    print(f"\n{scene.name}: {len(scene.points):,} points")
+    lines = [f"\n{scene.name}: {len(scene.points):,} points"]
     cell = 2 * model.info["voxel_size"]
     found = [regions(scene.points, column, args.threshold, cell) for column in scores.T]
     for word, column, parts in zip(words, scores.T, found, strict=True):
         share, best = (column > args.threshold).mean(), column.max()
-        print(f'  "{word}": {share:.1%} of the points, {_count(len(parts), "region")}, best score {best:.2f}')
+        lines.append(f'  "{word}": {share:.1%} of the points, {_count(len(parts), "region")}, best score {best:.2f}')
         for part in parts[: args.top]:
             where = f"centre {_metres(part.centre, ', ')}  extent {_metres(part.extent, ' x ')}"
-            print(f"    score {part.score:.2f}  {where}  {len(part.points):,} points")
+            lines.append(f"    score {part.score:.2f}  {where}  {len(part.points):,} points")
         if len(parts) > args.top:
-            print(f"    and {len(parts) - args.top} more (--top)")
-    return found
+            lines.append(f"    and {len(parts) - args.top} more (--top)")
+    return found, lines
 
 
-def label(model: Model, scene: Scene, labels: LabelSet, args: argparse.Namespace) -> None:
-    """Labels every point of a scene; prints and stores the outcome."""
+def label(model: Model, scene: Scene, labels: LabelSet, args: argparse.Namespace) -> list[str]:
+    """Labels every point of a scene and stores the outcome; returns the lines to print."""
     ids, scores = model.segment(scene.points, labels.classes, scene.colors)
     painted = labels.colorize(ids)
     _store(args.out, scene, painted, ids, labels.classes, scores)
@@ -240,9 +240,8 @@ def label(model: Model, scene: Scene, labels: LabelSet, args: argparse.Namespace
     panels = {"input": greyed(scene) if scene.colors is None else scene.colors, labels.name: painted}
     legend = {labels.classes[i]: labels.palette[i] for i in seen[:24]}
     render.side_by_side(args.out / f"{scene.name}.png", scene.points, panels, legend)
-    print(f"\n{scene.name}: {len(scene.points):,} points")
-    for i in seen:
-        print(f"  {counts[i] / len(ids):7.2%}  {labels.classes[i]}")
+    shares = [f"  {counts[i] / len(ids):7.2%}  {labels.classes[i]}" for i in seen]
+    return [f"\n{scene.name}: {len(scene.points):,} points", *shares]
 
 
 def rank(found: dict[str, list[list[Region]]], words: Sequence[str], top: int) -> None:
@@ -266,7 +265,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -274,7 +273,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    args.words, args.without = ([" ".join(word.split()) for word in words] for words in (args.words, args.without))
+    args.words, args.without = (
+        list(dict.fromkeys(" ".join(word.split()) for word in words)) for words in (args.words, args.without)
+    )
     if bool(args.words) == bool(args.labels):
         raise ValueError('say what to look for, e.g. "chair" "soft seat", or --labels=nyu40 (one of the two)')
     if args.labels and args.without:
@@ -291,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out} is a file: name a folder")
     for file in files:
-        if args.out.resolve() in (file.parent.resolve(), file.resolve().parent):
+        if os.path.realpath(args.out) in map(os.path.realpath, (file.parent, Path(os.path.realpath(file)).parent)):
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)
@@ -308,11 +309,13 @@ def run(args: argparse.Namespace) -> None:
         try:
             scene = dataclasses.replace(read_scene(file, args.unit), name=file.stem)
             if labels is None:
-                found[scene.name] = answer(model, scene, args)
+                found[scene.name], lines = answer(model, scene, args)
             else:
-                label(model, scene, labels, args)
+                lines = label(model, scene, labels, args)
         except (ValueError, OSError) as error:  # one bad scan does not end a search through many
             left_out.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+            continue
+        print("\n".join(lines), flush=True)
     if len(found) > 1:
         rank(found, args.words, args.top)
     if left_out:

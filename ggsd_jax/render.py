@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from data.ply import replacing
+
 BACKGROUND = 255
+_OPEN_ABOVE = 0.75  # of the height; what is higher, such as a ceiling, is left out
 _HEAT = np.array([[80, 18, 123], [182, 54, 121], [251, 136, 97], [252, 253, 191]], np.float64)  # dark to bright
 
 
@@ -27,6 +30,14 @@ def distinct_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
     return np.round(255 * np.array(rgb).reshape(-1, 3)).astype(np.uint8)
 
 
+def box(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "2 3"]:
+    """Lowest and highest corner of a scan without strays, such as mirrors make: far outside what holds 99 of 100."""
+    low, high = np.quantile(points, [0.005, 0.995], axis=0)
+    margin = max(0.25 * (high - low).max(), 0.1)
+    inside = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
+    return np.stack([inside.min(axis=0), inside.max(axis=0)])
+
+
 def render(
     points: Float[np.ndarray, "N 3"],
     colors: UInt8[np.ndarray, "N 3"],
@@ -34,19 +45,18 @@ def render(
     height: int = 420,
     azimuth: float = 0.6,
     elevation: float = 1.15,
-    open_above: float = 0.75,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws every point as a small square, nearer ones over farther ones.
+    """Draws points as small squares, nearer ones over farther ones, without strays and without a ceiling.
 
     Args:
         points: metres, z up.
         colors: RGB.
         azimuth: viewing direction around z, radians.
         elevation: above the horizon, radians.
-        open_above: points above this fraction of the height range (a ceiling) are left out.
     """
-    z = points[:, 2]
-    keep = z <= z.min() + open_above * (z.max() - z.min())
+    low, high = box(points)
+    high[2] = low[2] + _OPEN_ABOVE * (high[2] - low[2])
+    keep = ((points >= low) & (points <= high)).all(axis=1)
     points, colors = points[keep] - points[keep].mean(axis=0), colors[keep]
     forward = -np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     right = np.array([-np.sin(azimuth), np.cos(azimuth), 0.0])
@@ -93,7 +103,8 @@ def side_by_side(
         x, y = (i % per_row) * step + 12, margin + height + 26 * (i // per_row) + 4
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(c) for c in color))
         draw.text((x + 24, y - 2), name, fill="black", font=font)
-    canvas.save(path)
+    with replacing(path) as file:
+        canvas.save(file, "PNG")
 
 
 def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -175,8 +175,8 @@ def sample(count: int, limit: int) -> Int[np.ndarray, " S"]:
 
 
 def viewpoint(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, " 3"]:
-    """Where a camera sees all of a scan that is centred on the origin, from above."""
-    return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(points, axis=0))), 1.0)
+    """Where a camera sees all of a scan that is centred on the origin, but for strays, from above."""
+    return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(render.box(points), axis=0))), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -251,7 +251,8 @@ class Page:
         self.answers, self.opened = answers, self.scan.value
         points, self.scores = answers.scene.points, None
         self.sent = sample(len(points), self.max_sent)
-        self.centre = (points.min(axis=0) + points.max(axis=0)) / 2
+        self.box = render.box(points)
+        self.centre = self.box.mean(axis=0)
         self.mode.options = tuple(answers.modes)
         self.mode.value = COLOUR if COLOUR in answers.modes else SEGMENTATION
         self.draw(None)
@@ -266,8 +267,8 @@ class Page:
     def draw(self, _: Any) -> None:
         """Sends the points up to the height to be shown."""
         points = self.answers.scene.points[self.sent]
-        z = points[:, 2]
-        low = z <= z.min() + self.height.value / 100 * np.ptp(z)
+        bottom, top = self.box[:, 2]
+        low = points[:, 2] <= (bottom + self.height.value / 100 * (top - bottom) if self.height.value < 100 else np.inf)
         self.shown, self.drawn = self.sent[low], points[low] - self.centre
         self._mark(None)
         self.cloud.draw(self.drawn, self._metres())

@@ -64,7 +64,7 @@ def test_this_machine_computes_and_paths_are_told_apart(model_dir, tmp_path, cap
     np.savez(tmp_path / "words.npz", embedding=np.eye(2, 8), names=np.array(["chair", "wall"]))
     status, printed = report(capsys, model_dir, tmp_path / "room.ply", tmp_path / "words.npz")
     assert "ok    jax" in printed and "MinkUNet14A" in printed
-    assert "room.ply: 1 scan, the first of 3 points" in printed and "words.npz: a text encoder, 8 wide" in printed
+    assert "room.ply: 1 scan, 3 points" in printed and "words.npz: a text encoder, 8 wide" in printed
     assert status == int("FAIL" in printed)
 
 
@@ -101,13 +101,16 @@ def test_data_sets_and_scans_of_every_kind_are_told_apart(tmp_path):
         "kitti": "SemanticKITTI, 1 scan",
         "mp": "Matterport3D, 1 building",
         "rep": "Replica, 1 scene",
-        "scans": "2 scans, the first of 1 points",
+        "scans": "2 scans, 2 points",
         "own": "2 scenes of your own, 1 with images, the first of 1 points",
     }
     checks = {name: doctor.path(tmp_path / name) for name in expected}
     assert {name: check.what for name, check in checks.items()} == {
         n: f"{tmp_path / n}: {w}" for n, w in expected.items()
     }
+    made("scans/c.ply")
+    broken = doctor.path(tmp_path / "scans")
+    assert broken.state == "FAIL" and "1 of 3 scans cannot be used: " in broken.what and "c.ply" in broken.what
     broken = doctor.path(tmp_path / "bad")
     assert broken.state == "FAIL" and "nuscenes.py" in broken.advice
 

@@ -91,8 +91,7 @@ def test_normals_of_pcl_that_are_unknown_are_zero(tmp_path):
         ("# nothing\n", "holds no points"),
         ("1,5 2,5 0,25\n", "line 1 is '1,5 2,5 0,25'; write a decimal point, not a comma"),
         ("1,5;2,5;0,25\n", "write a decimal point"),
-        ("1 2 3 4 5 256\n", "colors of point 0 are .*expected 0..255"),
-        ("1 2 nan\n", "points row 0 is"),
+        ("1 2 3 4 5 256\n", "colors row 0 is .*expected 0..255"),
         ("451234.5678 5412345.678 210.5\n", "float32 moves points by up to .* subtract a local origin"),
     ],
 )
@@ -102,9 +101,33 @@ def test_a_text_cloud_that_is_none_is_named(tmp_path, text, message):
         folder.read_cloud(tmp_path / "a.xyz")
 
 
-def test_colors_of_a_text_cloud_may_be_shares_of_one(tmp_path):
-    (tmp_path / "a.xyz").write_text("0 0 0 1 0.5 0\n")
+@pytest.mark.parametrize("one", ["1", "1.0000001"])
+def test_colors_of_a_text_cloud_may_be_shares_of_one(tmp_path, one):
+    (tmp_path / "a.xyz").write_text(f"0 0 0 {one} 0.5 0\n")
     assert folder.read_cloud(tmp_path / "a.xyz").colors.tolist() == [[255, 128, 0]]
+
+
+def test_points_without_a_reading_and_normals_that_are_none_are_left_out(tmp_path, caplog):
+    points, normals = POINTS.copy(), np.ones_like(POINTS)
+    points[[0, 2], 2] = np.nan, np.inf
+    normals[4] = np.nan
+    write_ply(tmp_path / "a.ply", POINTS, **dict(zip(("nx", "ny", "nz"), normals.T, strict=True)))
+    content = (tmp_path / "a.ply").read_bytes()
+    for row in (0, 2):
+        content = content.replace(POINTS[row].tobytes(), points[row].tobytes())
+    (tmp_path / "a.ply").write_bytes(content)
+    scene = folder.read_cloud(tmp_path / "a.ply")
+    np.testing.assert_array_equal(scene.points, np.delete(POINTS, [0, 2], axis=0))
+    assert scene.normals[[1, 2]].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert "a.ply: 2 of 2000 points have no finite x, y, z" in caplog.text
+
+
+def test_a_long_corridor_in_millimetres_is_questioned_and_converted_in_double_precision(tmp_path):
+    corridor = np.random.default_rng(0).uniform(0, 1, (500, 3)) * [40_000, 3000, 2500] + 0.123
+    np.savetxt(tmp_path / "a.xyz", corridor)
+    with pytest.raises(ValueError, match="large for a scan"):
+        folder.read_cloud(tmp_path / "a.xyz")
+    np.testing.assert_allclose(folder.read_cloud(tmp_path / "a.xyz", 0.001).points, corridor / 1000, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1000, 100, 0.001])

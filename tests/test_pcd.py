@@ -110,14 +110,6 @@ def test_what_lzf_packed_is_unpacked(parts):
     assert unpacked.tobytes() == content
 
 
-def test_points_without_a_reading_are_left_out(tmp_path):
-    table = cloud(4)
-    table["z"][[0, 2]] = np.nan
-    (tmp_path / "a.pcd").write_bytes(encode(table, "binary"))
-    columns = pcd.read_pcd_columns(tmp_path / "a.pcd")
-    np.testing.assert_array_equal(columns["label"], table["label"][[1, 3]])
-
-
 def test_packed_colors_written_as_whole_numbers_are_understood(tmp_path):
     text = encode(cloud(1)[["x", "y", "z", "rgb"]].copy(), "ascii").decode()
     head = text[: text.index("DATA ascii\n") + len("DATA ascii\n")]

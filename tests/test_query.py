@@ -70,8 +70,8 @@ def test_a_query_prints_regions_ranks_scenes_and_stores_the_answer(model_dir, fo
     assert stored["scores"].shape == (900, 2) and list(stored["words"]) == ["chair", "floor"]
     np.testing.assert_allclose(columns["score_1"], stored["scores"][:, 1])
     np.testing.assert_array_equal(stored["ids"], query.winners(stored["scores"], 0.3))
-    painted = np.stack([columns[c] for c in ("red", "green", "blue")], 1)[stored["ids"] == 1]
-    assert len(painted) == 0 or (painted == query.render.distinct_colors(2)[1]).all()
+    painted = np.stack([columns[c] for c in ("red", "green", "blue")], 1)[stored["ids"] == 0]
+    assert len(painted) and (painted == query.render.distinct_colors(2)[0]).all()
     with Image.open(tmp_path / "b.png") as image:
         assert image.width == 4 * 480  # input, found, and a heat map for each query
 

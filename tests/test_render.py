@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 from PIL import Image
 
-from ggsd_jax.render import distinct_colors, heat, render, side_by_side
+from ggsd_jax.render import box, distinct_colors, heat, render, side_by_side
 
 
 def test_a_near_point_covers_a_far_one_and_the_ceiling_is_taken_off():
@@ -13,6 +14,16 @@ def test_a_near_point_covers_a_far_one_and_the_ceiling_is_taken_off():
     image = render(points, colors, elevation=np.pi / 2 - 1e-3)
     seen = {tuple(pixel) for pixel in image.reshape(-1, 3)}
     assert tuple(red) in seen and tuple(blue) in seen and tuple(green) not in seen
+
+
+@pytest.mark.parametrize("stray", [[0, 0, -300], [0, 0, 4], [300, 0, 0]])
+def test_a_stray_point_does_not_move_the_picture(stray):
+    points = np.random.default_rng(0).uniform(0, [4, 3, 2.4], (3000, 3))
+    colors = np.full((3000, 3), 90, np.uint8)
+    others = points[1:], colors[1:]
+    points[0] = stray
+    assert np.abs(box(points) - box(others[0])).max() < 2
+    assert (render(points, colors) == render(*others)).mean() > (0.5 if stray == [0, 0, 4] else 0.99)
 
 
 def test_panels_stand_side_by_side_over_a_legend(tmp_path):
