@@ -15,9 +15,9 @@
     depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image
 
 Scenes named in `val.txt` (one per line, labelled with the ids of `data.label_set`) are scored, all others trained on;
-without it the run ends with the trained network. Clouds or poses in millimetres: `--config.data.scale=0.001`. A real 2D network looks at the images; its weights and
-the text go together as configs/scannet.py says. Labelled clouds without images are looked at by simulated cameras and,
-with `--config.teacher.name=simulated`, by the simulated network.
+without it the run ends with the trained network. Clouds or poses in millimetres: `--config.data.scale=0.001`. A real
+2D network looks at the images; its weights and the text go together as configs/scannet.py says. Labelled clouds without
+images are looked at by simulated cameras and, with `--config.teacher.name=simulated`, by the simulated network.
 
 The hyper-parameters are those of the paper's indoor data sets; there is no score to expect. Out of doors take
 voxel_size and superpoints from configs/nuscenes.py.

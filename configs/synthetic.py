@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.val_rooms = 16
     config.data.voxel_size = 0.11  # metres
     config.data.chunks = 1
-    config.data.chunk_points = 40_000
+    config.data.chunk_points = 60_000  # all of a room
     config.data.augment = True
     config.data.input_color = False
     config.data.loop = 1

@@ -234,7 +234,6 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
         if not np.isfinite(pose).all():
             lost.append(image.stem)
             continue
-        _check_rigid(pose_path, pose)
         pose[:3, 3] *= scale
         image_size = image_size_of(image)
         intrinsics = _read_intrinsics(folder, image.stem, image_size)
@@ -249,18 +248,6 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
     if lost:
         log.warning("%s: left out frames without a finite pose: %s (of %d)", folder, ", ".join(lost), len(images))
     return Views(readers, len(lost))
-
-
-def _check_rigid(path: Path, pose: Float64[np.ndarray, "4 4"]) -> None:
-    if not np.allclose(pose[3], [0, 0, 0, 1], atol=1e-6):
-        hint = "; it is transposed, write it row by row" if np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6) else ""
-        raise ValueError(f"{path}: the last row is {pose[3]}, expected 0 0 0 1{hint}")
-    rotation = pose[:3, :3]
-    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) or np.linalg.det(rotation) < 0:
-        raise ValueError(
-            f"{path}: its left upper 3x3 part is no rotation; expected a camera-to-world matrix without scaling or "
-            "mirroring, the camera looking along +z with y down"
-        )
 
 
 def _read_intrinsics(folder: Path, name: str, size: tuple[int, int]) -> Float64[np.ndarray, "3 3"]:

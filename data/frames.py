@@ -68,9 +68,24 @@ def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there are not 16 numbers in it.
+      ValueError: there are not 16 numbers in it, or finite ones that are no rigid motion.
     """
     try:
-        return np.array(Path(path).read_text(encoding="utf-8-sig").split(), dtype=np.float64).reshape(4, 4)
+        pose = np.array(Path(path).read_text(encoding="utf-8-sig").split(), dtype=np.float64).reshape(4, 4)
     except ValueError as error:
         raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None
+    if np.isfinite(pose).all():
+        _check_rigid(path, pose)
+    return pose
+
+
+def _check_rigid(path: str | os.PathLike, pose: Float64[np.ndarray, "4 4"]) -> None:
+    if not np.allclose(pose[3], [0, 0, 0, 1], atol=1e-6):
+        hint = "; it is transposed, write it row by row" if np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6) else ""
+        raise ValueError(f"{path}: the last row is {pose[3]}, expected 0 0 0 1{hint}")
+    rotation = pose[:3, :3]
+    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) or np.linalg.det(rotation) < 0:
+        raise ValueError(
+            f"{path}: its left upper 3x3 part is no rotation; expected a camera-to-world matrix without scaling or "
+            "mirroring, the camera looking along +z with y down"
+        )

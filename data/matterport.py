@@ -139,7 +139,7 @@ def read_cameras(building: str | os.PathLike) -> list[Camera]:
       ValueError: a line is no command of the format or has numbers that are not finite; it is named.  Or there are
         fewer images than the file says.
     """
-    building = Path(building).resolve()
+    building = Path(os.path.abspath(building))  # of a link its own name
     path = building / "undistorted_camera_parameters" / f"{building.name}.conf"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; download and unpack --type undistorted_camera_parameters")

@@ -36,7 +36,7 @@ class Cells(NamedTuple):
 def centred_origin(points: Float32[np.ndarray, "N 3"], size: float) -> Float64[np.ndarray, "3"]:
     """Lower corner of the power-of-two cube of cells in whose middle PCL puts a cloud given as a whole."""
     low, high = _bounds(points)
-    cells = max(int(np.ceil((high - low - _EPSILON) / size).max()), 2)
+    cells = max(np.ceil((high - low - _EPSILON) / size).max(), 2.0)
     side = 2.0 ** np.ceil(np.log2(cells) - _EPSILON) * size
     margin = (side - (high - low)) / 2
     return np.where(margin > _EPSILON, low - margin, low)

@@ -124,6 +124,10 @@ def read_features_of_scene(
     if not files:
         raise FileNotFoundError(f"{folder}/{name}_0.pt: missing, and so is {name}.pt")
     chunks = [read_features(file, num_points) for file in files]
+    widths = {features.shape[1]: file for (features, _), file in zip(chunks, files, strict=True)}
+    if len(widths) > 1:
+        some = " and ".join(f"{file.name} {width}" for width, file in widths.items())
+        raise ValueError(f"{folder}: features of one scene have unlike widths ({some}): keep each 2D network's apart")
     feature_index, first = np.unique(np.concatenate([index for _, index in chunks]), return_index=True)
     in_file = round(sum(len(index) for _, index in chunks) / len(chunks))
     return np.concatenate([features for features, _ in chunks])[first], feature_index, in_file

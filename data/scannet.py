@@ -55,7 +55,7 @@ def read_scene(folder: str | os.PathLike, label_set: str = "scannet20") -> Scene
       FileNotFoundError: there is no mesh.
       ValueError: a file is corrupt, or the labels are not NYU40 ids or not of this mesh.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.abspath(folder))  # of a link its own name
     mesh = folder / f"{folder.name}_vh_clean_2.ply"
     if not mesh.is_file():
         raise FileNotFoundError(f"{mesh}: missing; download the scene with --type _vh_clean_2.ply")
@@ -113,7 +113,7 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
       ValueError: a pose file is no 4x4 matrix, no pose is finite, or the stream is truncated or of another
         size; depth and colour are checked when they are read.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.abspath(folder))  # of a link its own name
     intrinsics = adjust_intrinsics(DEPTH_INTRINSICS, DEPTH_SIZE, size)
     stream_path = folder / f"{folder.name}.sens"
     if stream_path.is_file() and not (folder / "pose").is_dir():

@@ -285,6 +285,8 @@ def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
 
     points = _in_float32(path, stacked("x", "y", "z"))
     normals = stacked("nx", "ny", "nz")
+    if normals is not None and not normals.any():  # placeholders
+        normals = None
     try:
         return Scene(
             name=path.stem,

@@ -102,6 +102,8 @@ def vccs(
     positions = np.ascontiguousarray(voxels.features[:, _POSITION])
     tree = kd_tree.build(positions)
     seeds = select_seeds(positions, tree, voxel_resolution, seed_resolution)
+    if not len(seeds):
+        return np.full(len(points), -1, np.int32)
     centroids = np.zeros((len(seeds), 9), np.float32)  # PCL's; the paper starts from the seeds' own features
     owner = grow(voxels, seeds, centroids, sweeps, importance)
     for _ in range(refine_iterations):

@@ -63,7 +63,10 @@ def cut_superpoints(read: Callable[[], RawScene], settings: dict) -> RawScene | 
     except LeftOut as reason:
         return reason
     scene = raw.scene
-    superpoints = vccs(scene.points, scene.colors, scene.normals, **settings)
+    try:
+        superpoints = vccs(scene.points, scene.colors, scene.normals, **settings)
+    except ValueError as error:
+        raise ValueError(f"scene '{scene.name}': {error}") from error
     return raw._replace(scene=dataclasses.replace(scene, superpoints=superpoints))
 
 
@@ -316,7 +319,7 @@ def _read_own(name: str, path: Path, scale: float | None, depth_units: float, lo
 
 
 def openscene_scenes(config: ml_collections.ConfigDict) -> Splits:
-    """OpenScene's downloads: `train/*.pth` and `val/*.pth` (`test/` without it) with the files of data.features.
+    """OpenScene's downloads: `train/*.pth` and `val/*.pth` with the files of data.features.
 
     OpenScene's scripts/download_dataset.sh and download_fused_features.sh fetch them: data.root is e.g. its scannet_3d,
     data.features its scannet_multiview_lseg, whose name tells the text that goes with it. Of Matterport3D `test/` is
@@ -339,7 +342,7 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> Splits:
         found = {path.stem: functools.partial(_read_preprocessed, path, folder) for path in paths}
         return _some(found, [], f"split '{split}'", f"{root}/{split}/*.pth")
 
-    scored = "val" if (root / "val").is_dir() and config.data.label_set not in matterport.LABEL_SET_NAMES else "test"
+    scored = "test" if config.data.label_set in matterport.LABEL_SET_NAMES else "val"
     return {"train": functools.partial(scenes, "train"), "val": functools.partial(scenes, scored)}
 
 
@@ -383,10 +386,8 @@ def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:
 def _some(found: Readers, listed: Sequence[str], source: str, places: str) -> Readers:
     """`found`, if anything is, with why the others that are listed are left out."""
     if not found:
-        raise ValueError(
-            f"none of the {len(listed)} scenes of {source} is there, looked for {places}: download some, or "
-            "point data.root at them"
-        )
+        none = f"none of the {len(listed)} scenes of {source}" if listed else f"no scene of {source}"
+        raise ValueError(f"{none} is there, looked for {places}: download some, or point data.root at them")
     absent = [name for name in listed if name not in found]
     logging.info("%s: %d found, %d not there", source, len(found), len(absent))
     return found | {name: LeftOut(f"not there ({places})") for name in absent}

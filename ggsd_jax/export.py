@@ -90,7 +90,8 @@ def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS,
         for bucket, program in programs.items():
             (staged / "functions" / f"voxels_{bucket}.jax").write_bytes(program)
         results = staged / "results.json"
-        card = model_card(out.name, model, json.loads(results.read_text()) if results.is_file() else None, buckets)
+        shipped = inference.Model(model.variables, info)
+        card = model_card(out.name, shipped, json.loads(results.read_text()) if results.is_file() else None, buckets)
         (staged / _CARD).write_text(card, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)

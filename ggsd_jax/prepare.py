@@ -27,6 +27,7 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from jaxtyping import Int
 from tqdm import tqdm
 
 from data import feature_codes
@@ -311,20 +312,13 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
     return dataclasses.replace(raw.scene, features=features, feature_index=feature_index)
 
 
-def chunk_of_features(record: dict, chunk: int, chunk_points: int, chunk_features: int = 0) -> dict:
-    """The record of a scene with the features of `chunk_points` random points only, as far as they have one.
-
-    Where no more points than that have a feature at all, as in a keyframe among older sweeps, all keep theirs.
-    With `chunk_features` it has that many of the features, chosen at random, but no more than `chunk_points`.
-    """
-    seen, most = record["feature_index"], min(chunk_features or chunk_points, chunk_points)
-    if len(seen) <= most:
+def chunk_of_features(record: dict, chunk: int, pool: Int[np.ndarray, " P"], count: int) -> dict:
+    """The record of a scene with the features of `count` random points of a pool only, as far as they have one."""
+    if len(pool) <= count:
         return record
     rng = np.random.default_rng([zlib.crc32(record["name"].encode()), chunk])
-    chosen = np.zeros(len(record["points"]), bool)
-    chosen[rng.choice(seen if chunk_features else len(chosen), most, replace=False)] = True
-    rows = chosen[seen]
-    return record | {"feature_index": seen[rows]} | _coded_fields(_codes(record).rows(rows))
+    rows = np.isin(record["feature_index"], rng.choice(pool, count, replace=False))
+    return record | {"feature_index": record["feature_index"][rows]} | _coded_fields(_codes(record).rows(rows))
 
 
 # ------------------------------------------------------------------------------------------------ the dataset
@@ -341,6 +335,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         self._run_config, self._settings, self.unfinished = config, settings, unfinished
         splits = _named(DATASETS, "data.name", config.data.name)(config)
         self._readers = {split: look_for_scenes() for split, look_for_scenes in splits.items()}
+        if both := self._readers.get("train", {}).keys() & self._readers.get("val", {}).keys():
+            logging.warning("scored and trained on: %d scenes, such as '%s'", len(both), min(both))
         self._teacher = make_teacher(config)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -365,24 +361,28 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                 report.leave_out(name, str(record))
                 continue
             report["frames_lost"] += int(record.pop("frames_lost"))
-            in_chunk = int(record.pop("chunk_features"))
+            in_chunk, supervised = int(record.pop("chunk_features")), int(record.pop("num_supervised"))
             if split == "val":
                 report.add(record)
                 yield next(key), record
             elif len(record["feature_index"]) or config.teacher.name == teachers.NONE:
                 report.add(record)
+                pool = record["feature_index"] if in_chunk else np.arange(supervised)
+                count = min(in_chunk or config.data.chunk_points, config.data.chunk_points)
                 for chunk in range(config.data.chunks):
-                    yield next(key), chunk_of_features(record, chunk, config.data.chunk_points, in_chunk)
+                    yield next(key), chunk_of_features(record, chunk, pool, count)
             else:
                 report.leave_out(name, "no view sees any of its points")
         if not report["scenes"]:
             reasons = "; ".join(dict.fromkeys(report["left_out"].values()))
             raise ValueError(f"split {split!r} has no scene left, all {len(readers)} are left out: {reasons}")
+        if split == "val" and not report["labels"].keys() - {report.names[IGNORE]}:
+            raise ValueError(f"split 'val': no point has a label of {config.data.label_set}: nothing can be scored")
 
     def _records(self, split: str, readers: Readers) -> Iterator[tuple[str, dict | LeftOut]]:
         """Each scene with superpoints and features, read back where a killed run had made it.
 
-        Beside the fields of a record it has `frames_lost`, and `chunk_features`, 0 where features come in no chunks.
+        Beside the fields of a record it has `frames_lost`, and of its `RawScene` `chunk_features` and `num_supervised`.
         """
         config = self._run_config
         files = {name: self.unfinished / f"{split} {_file_name(name)}.npz" for name in readers}
@@ -400,6 +400,8 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                     yield name, raw
                     continue
                 if split == "val":
+                    if raw.scene.labels is None:
+                        raise ValueError(f"scene '{name}' has no labels to be scored by. {instructions(self.name)}")
                     check_labels(raw.scene, len(label_set(config).classes))
                 scene = add_features(raw, self._teacher, config.teacher.get("masks", ""))
                 width = self.info.features["feature_mean"].shape[-1]
@@ -408,8 +410,9 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                         f"scene '{name}': features have {scene.features.shape[1]} channels, the words of text.encoder "
                         f"{width}: LSeg's 512 go with CLIP ViT-B/32, OpenSeg's 768 with ViT-L/14@336px"
                     )
-                counts = {"frames_lost": getattr(raw.views, "lost", 0), "chunk_features": raw.chunk_features}
-                record = encode(scene) | counts
+                supervised = len(scene.points) if raw.num_supervised is None else raw.num_supervised
+                counts = {"chunk_features": raw.chunk_features, "num_supervised": supervised}
+                record = encode(scene) | counts | {"frames_lost": getattr(raw.views, "lost", 0)}
                 with replacing(files[name]) as file:
                     np.savez(file, **record)
                 yield name, record
@@ -422,15 +425,23 @@ class _Report(dict):
     """
 
     def __init__(self, labels: LabelSet):
-        super().__init__(scenes=0, points=0, points_with_feature=0, labels={}, left_out={}, frames_lost=0)
-        self._names = dict(enumerate(labels.classes)) | {IGNORE: "ignored"}
+        super().__init__(scenes=0, points=0, points_with_feature=0, points_in_superpoint=0)
+        self |= dict(labels={}, left_out={}, frames_lost=0)
+        self.names = dict(enumerate(labels.classes)) | {IGNORE: "ignored"}
 
     def add(self, record: dict) -> None:
         self["scenes"] += 1
         self["points"] += len(record["points"])
         self["points_with_feature"] += len(record["feature_index"])
+        inside = int((record["superpoints"] >= 0).sum())
+        self["points_in_superpoint"] += inside
+        if inside < 0.01 * len(record["points"]):
+            logging.warning(
+                "scene '%s': %d of %d points are in a superpoint; are its points, superpoints.voxel_resolution and "
+                "superpoints.seed_resolution in metres?", record["name"], inside, len(record["points"]),
+            )  # fmt: skip
         for label, count in zip(*np.unique(record["labels"], return_counts=True), strict=True):
-            name = self._names.get(int(label), f"label {label}")
+            name = self.names.get(int(label), f"label {label}")
             self["labels"][name] = self["labels"].get(name, 0) + int(count)
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -447,10 +458,10 @@ def report_text(report: dict) -> str:
     """The report of each split in lines to read."""
     lines = []
     for split, of in report.items():
-        share = 100 * of["points_with_feature"] / max(of["points"], 1)
+        seen, inside = (of[part] / max(of["points"], 1) for part in ("points_with_feature", "points_in_superpoint"))
         lines.append(
             f"{split}: scenes {of['scenes']}, left out {len(of['left_out'])}, points {of['points']:,}, "
-            f"with a 2D feature {share:.1f} %"
+            f"with a 2D feature {seen:.1%}, in a superpoint {inside:.1%}"
         )
         if of["frames_lost"]:
             lines.append(f"  left out, frames without a finite pose: {of['frames_lost']}")

@@ -17,9 +17,10 @@ from ggsd_jax.lock import alone
 
 MODES = ["all", "prepare", "train", "eval"]
 
+# how the work is done, which leaves what is learned as it is
+_MEANS = {"log_every", "checkpoint_every", "cpu_devices", "model.remat", "data.workers", "data.prepare_workers"}
 # what may differ between runs that share a stage 1, beside eval.*
-_NOT_STAGE_1 = {"stage1_from", "log_every", "checkpoint_every", "cpu_devices", "model.remat"}
-_NOT_STAGE_1 |= {"data.prepared", "data.workers", "data.prepare_workers"}
+_NOT_STAGE_1 = _MEANS | {"stage1_from", "data.prepared"}
 _NOT_STAGE_1 |= {"loss.self_weight", "loss.temperature", "loss.label_source", "loss.voting"}
 
 
@@ -104,8 +105,9 @@ def _claimed(workdir: Path) -> Iterator[None]:
 def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes `config.json`, or makes sure that the one there says the same once training has begun under it.
 
-    Until then a mistyped field can be mended; prepared data watches over its own settings. How the network is evaluated
-    may change at any time, the most voxels of a scene too once it is trained; results of other settings are removed.
+    Until then a mistyped field can be mended; prepared data watches over its own settings. How the work is done and how
+    the network is evaluated may change at any time, the most voxels of a scene too once it is trained; results of other
+    settings are removed.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
@@ -121,14 +123,15 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     changed = differences(json.loads(path.read_text()), mine)
     trained = (workdir / "model").exists()
     for field, values in changed.items():
-        if not (field.startswith("eval.") or (trained and field == "data.max_voxels")):
+        if not (field.startswith("eval.") or field in _MEANS or (trained and field == "data.max_voxels")):
             raise ValueError(
                 f"{path}: {field} is {values[0]!r} there and {values[1]!r} here. A work directory belongs to one "
                 "configuration: give another --workdir, or the old value"
             )
     hosts.wait()  # until all have read it
     if changed and hosts.is_first():
-        (workdir / "results.json").unlink(missing_ok=True)
+        if changed.keys() - _MEANS:
+            (workdir / "results.json").unlink(missing_ok=True)
         write_json(path, mine)
     hosts.wait()
 

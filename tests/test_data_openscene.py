@@ -145,6 +145,14 @@ def test_the_chunks_of_a_scene_are_put_together(tmp_path):
     np.testing.assert_array_equal(features, rows[index])
 
 
+def test_features_of_two_networks_in_one_folder_are_named(tmp_path):
+    for number, width in enumerate((512, 768)):
+        content = {"feat": np.zeros((3, width), np.float16), "mask_full": LABELS > -1}
+        save(tmp_path / f"a_{number}.pt", content)
+    with pytest.raises(ValueError, match="unlike widths .a_0.pt 512 and a_1.pt 768."):
+        openscene.read_features_of_scene(tmp_path, "a", len(POINTS))
+
+
 def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     def text_file(model: str, width: int) -> str:
         path = tmp_path / f"{model.replace('/', '-')}_{width}.npz"

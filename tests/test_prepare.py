@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.feature_codes import STEP, dequantize, quantize
+from data.labels import IGNORE
 from data.scene import Scene
 from data.synthetic import generate_room
 from ggsd_jax import datasets, prepare
@@ -167,12 +168,13 @@ def test_a_chunk_has_features_of_random_points_that_are_seen(num_points, chunk_p
     features = rng.standard_normal((len(index), 5)).astype(np.float16)
     scene = Scene("s", np.zeros((num_points, 3), np.float32), features=features, feature_index=index)
     record = prepare.encode(scene)
-    chosen = chunk_of_features(record, chunk, chunk_points)
+    chosen = chunk_of_features(record, chunk, np.arange(num_points), chunk_points)
     whole, part = (prepare.decode(r | {"name": b"s"}) for r in (record, chosen))
     assert set(part.feature_index) <= set(index)
     np.testing.assert_array_equal(part.features, whole.features[np.searchsorted(index, part.feature_index)])
-    assert min(len(index), chunk_points - (num_points - len(index))) <= len(part.features) <= chunk_points
-    again = chunk_of_features(record, chunk, chunk_points)
+    unseen = num_points - len(index)
+    assert min(num_points, chunk_points) - unseen <= len(part.features) <= min(len(index), chunk_points)
+    again = chunk_of_features(record, chunk, np.arange(num_points), chunk_points)
     np.testing.assert_array_equal(chosen["feature_index"], again["feature_index"])
 
 
@@ -323,6 +325,7 @@ def test_the_report_counts_scenes_points_labels_and_what_was_left_out(tmp_path, 
         "scenes": 1,
         "points": len(scene.points),
         "points_with_feature": len(scene.feature_index),
+        "points_in_superpoint": int((scene.superpoints >= 0).sum()),
         "labels": {names[i]: int((scene.labels == i).sum()) for i in (0, 1)},
         "left_out": {},
         "frames_lost": 0,
@@ -477,10 +480,26 @@ def test_a_network_and_words_that_do_not_fit_are_refused_before_any_scene(tmp_pa
 # ------------------------------------------------------------------------------------------- what is left out
 
 
+def test_a_split_without_a_label_of_the_set_is_refused(tmp_path, monkeypatch):
+    room = generate_room(0, scan_views=2, views=1, size=(40, 30))
+    unlabelled = dataclasses.replace(room.scene, labels=np.full_like(room.scene.labels, IGNORE))
+    monkeypatch.setattr(datasets, "read_room", lambda seed: datasets.RawScene(unlabelled, room.views, border=0))
+    with pytest.raises(ValueError, match="split 'val': no point has a label of synthetic"):
+        prepare.prepare(make_config(), tmp_path)
+
+
+def test_scenes_without_superpoints_and_in_both_splits_are_told(tmp_path, tiny_rooms, monkeypatch, caplog):
+    monkeypatch.setattr(datasets, "room_seeds", lambda split, count: range(count))
+    prepare.prepare(make_config(**{"superpoints.seed_resolution": 50.0}), tmp_path)
+    assert "of 1" not in caplog.text and "points are in a superpoint; are its points" in caplog.text
+    assert "scored and trained on: 1 scenes, such as 'room 0'" in caplog.text
+    assert "in a superpoint 0.0%" in prepare.report_text(prepare.load_report(tmp_path))
+
+
 def test_a_long_list_of_scenes_left_out_is_told_in_one_line():
     reasons = {f"scene{i}": "not there" for i in range(5)} | {"attic": "no view sees any of its points"}
-    report = {"train": dict(scenes=0, points=0, points_with_feature=0, labels={}, left_out=reasons, frames_lost=2)}
-    lines = prepare.report_text(report).splitlines()
+    report = prepare._Report(prepare.label_set(make_config())) | {"left_out": reasons, "frames_lost": 2}
+    lines = prepare.report_text({"train": report}).splitlines()
     assert lines[1:] == [
         "  left out, frames without a finite pose: 2",
         "  left out, not there: scene0, scene1, scene2 and 2 more",

@@ -54,6 +54,20 @@ def test_without_labelled_scenes_a_run_ends_with_the_training(tmp_path, monkeypa
     assert trained and "without labelled scenes there is nothing to score" in capsys.readouterr().out
 
 
+def test_how_the_work_is_done_may_change_between_one_part_of_a_run_and_the_next(tmp_path):
+    config = configs.load("synthetic")
+    _claim(tmp_path, config)
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    (tmp_path / "results.json").touch()
+    config.model.remat, config.data.workers = 2, 3
+    _claim(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["remat"] == 2
+    assert (tmp_path / "results.json").exists()
+    config.eval.repeats = 7
+    _claim(tmp_path, config)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_a_second_process_is_kept_out_of_a_work_directory(tmp_path):
     config = configs.load("synthetic")
     with (tmp_path / ".lock").open("w") as other:

@@ -196,6 +196,18 @@ def test_a_folder_without_poses_names_the_first_of_them(folder):
         scannet.read_views(folder)
 
 
+def test_a_pose_that_is_no_rigid_motion_is_named(folder):
+    (folder / "pose/20.txt").write_text("0 " * 16)
+    with pytest.raises(ValueError, match="pose/20.txt: the last row is .* expected 0 0 0 1"):
+        scannet.read_views(folder)
+
+
+def test_a_folder_that_is_a_link_keeps_its_own_name(folder, tmp_path):
+    stored = folder.rename(tmp_path / "blob")
+    folder.symlink_to(stored)
+    assert scannet.read_scene(folder).name == folder.name
+
+
 def test_a_folder_without_frames_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no frames; download the .sens file, or export it"):
         scannet.read_views(tmp_path)

@@ -195,6 +195,11 @@ def test_one_place_is_one_superpoint_if_its_seed_needs_no_company(copies):
     assert vccs(points, voxel_resolution=0.1, seed_resolution=1.0).tolist() == [-1] * copies
 
 
+def test_where_no_seed_has_company_nothing_is_in_a_superpoint():
+    points = np.random.default_rng(0).uniform(0, 1, (50, 3)).astype(np.float32)
+    assert set(vccs(points, voxel_resolution=0.05, seed_resolution=1e6)) == {-1}
+
+
 def test_points_in_a_line_are_grouped_into_stretches():
     points = [1, 2, 3] + np.arange(300)[:, None] * [0.1, 0.07, 0.03]
     labels = vccs(points, voxel_resolution=0.1, seed_resolution=1.0)
@@ -274,6 +279,7 @@ BAD_POINTS = np.where(np.arange(10)[:, None] == 7, np.nan, POINTS)
         ({"points": BAD_POINTS}, r"points row 7 is \[nan, nan, nan\].*drop such rows first \(1 in all\)"),
         ({"points": POINTS * [1, np.inf, 1]}, r"points row 0 is \[.*inf.*\].*finite"),
         ({"points": POINTS * 1e60}, "points row 0 .*finite float32"),
+        ({"points": POINTS * 1e38}, "along one axis, more than the 2097152 allowed"),
         ({"colors": np.zeros((9, 3), np.uint8)}, r"colors must have one row .*\[10, 3\], got \[9, 3\]"),
         ({"colors": np.zeros((10, 3))}, "colors must be uint8, 0..255, got float64"),
         ({"normals": np.zeros((10, 4))}, r"normals must have one row .*\[10, 3\], got \[10, 4\]"),
