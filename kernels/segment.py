@@ -31,7 +31,7 @@ def segment_mean(
         segments: 0..num_segments - 1; a row with any other id (-1) is in none.
         valid: rows that count; None counts all.
     """
-    bins = _bins(segments, num_segments, True if valid is None else valid)
+    bins = _bins(segments, num_segments, True if valid is None else valid.astype(bool))
     summands = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     total = jax.ops.segment_sum(summands, bins, num_segments)
     count = jax.ops.segment_sum(jnp.ones_like(summands[:, 0]), bins, num_segments)
@@ -56,7 +56,7 @@ def segment_mode(
     """
     labels = _wide(labels)
     votes = (labels >= 0) & (labels < num_labels)
-    bins = _bins(segments, num_segments, votes if valid is None else votes & valid)
+    bins = _bins(segments, num_segments, votes if valid is None else votes & valid.astype(bool))
     slots = jnp.where(bins < num_segments, bins * num_labels + labels, num_segments * num_labels)
     counts = jax.ops.segment_sum(jnp.ones_like(slots), slots, num_segments * num_labels)
     counts = counts.reshape(num_segments, num_labels)

@@ -87,11 +87,10 @@ class Pyramid:
     def spread(self) -> int:
         """Room for coarse rows and pairs: of closed surfaces (0), open ones (1), points far apart (2), or several."""
         rows, stem = [c.shape[-2] for c in self.coords], self.stem.in_index.shape[-2:]
-        return next(
-            spread
-            for spread in range(len(_ROOMS))
-            if (_rows(self.bucket, spread, len(rows)), _stem_shape(self.bucket, spread)) == (rows, stem)
-        )
+        for spread in range(len(_ROOMS)):
+            if (_rows(self.bucket, spread, len(rows)), _stem_shape(self.bucket, spread)) == (rows, stem):
+                return spread
+        raise ValueError(f"no spread has levels of {rows} rows and a stem of {stem} pairs")
 
     def mask(self, level: int) -> Bool[Any, " V"]:
         """True for the valid rows of a level."""
@@ -119,15 +118,18 @@ def _unique(keys, order):
     return unique[:count].copy(), inverse, first[:count].copy()
 
 
-def voxelize(points: Float[np.ndarray, "N 3"], voxel_size: float) -> Voxels:
-    """Voxels `floor(point / voxel_size)` that hold a point.
+def voxelize(points: Float[np.ndarray, "N 3"] | Float[jax.Array, "N 3"], voxel_size: float) -> Voxels:
+    """Voxels `floor(point / voxel_size)` that hold a point; the quotient is taken in float64.
 
     Args:
         points: finite coordinates, in the unit of `voxel_size`.
         voxel_size: edge of a voxel, > 0.
     Raises:
-        ValueError: no points, a coordinate that is not finite, or a voxel outside the packable range.
+        ValueError: no points, or not [N, 3]; a coordinate that is not finite; a voxel outside the packable range.
     """
+    points = np.asarray(points)
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"points has shape {list(points.shape)}: expected [N, 3], columns x, y, z")
     if len(points) == 0:
         raise ValueError("points has no rows: cannot voxelize an empty cloud")
     if not 0 < voxel_size < np.inf:
@@ -191,14 +193,13 @@ def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
             row = int(bad.reshape(len(coords), -1).any(1).argmax())
             raise ValueError(f"coords row {row} is {coords[row].tolist()}: expected {expected}")
 
-    wide = coords if coords.dtype == np.int32 else coords.astype(np.int64)
-    batch, xyz, limit = wide[:, 0], wide[:, 1:], tensor_stride * COORDINATE_LIMIT
+    batch, xyz, limit = coords[:, 0], coords[:, 1:], tensor_stride * COORDINATE_LIMIT
     refuse((batch < 0) | (batch >= BATCH_LIMIT), f"a batch index in 0..{BATCH_LIMIT - 1}")
     refuse((xyz < -limit) | (xyz >= limit), f"x, y, z in [{-limit}, {limit}); centre the cloud or take larger voxels")
     if tensor_stride > 1:
         refuse(xyz % tensor_stride != 0, f"x, y, z to be multiples of tensor_stride {tensor_stride}")
-        wide = np.column_stack([batch, xyz // tensor_stride])
-    coords = wide.astype(np.int32, copy=False)
+        coords = np.column_stack([batch, xyz // tensor_stride])
+    coords = coords.astype(np.int32, copy=False)
     axes = columns.fewest(coords)
     keys = columns.pack(coords, axes)
     rows = np.argsort(keys, kind="stable").astype(np.int32)  # they are often in order
@@ -306,8 +307,8 @@ def kernel_map(
         raise ValueError(
             f"kernel_size {kernel_size} with stride {stride}: expected size 3 or 5 with stride 1, or 2 with stride 2"
         )
-    if tensor_stride < 1:
-        raise ValueError(f"tensor_stride is {tensor_stride}: expected at least 1")
+    if not 1 <= tensor_stride <= 2**14:
+        raise ValueError(f"tensor_stride is {tensor_stride}: expected 1 to {2**14}")
     level = _sorted_level(coords, tensor_stride)
     if stride == 1:
         pairs, out_coords = _neighbours(level, kernel_size), coords
@@ -417,6 +418,13 @@ def _pad(
     )
 
 
+def _check_shapes(bucket: int, spread: int) -> None:
+    if bucket <= 0 or bucket % 128 or not 0 <= spread <= _WIDEST:
+        raise ValueError(
+            f"bucket is {bucket} and spread {spread}: expected a positive multiple of 128, and 0 to {_WIDEST}"
+        )
+
+
 def build_pyramid(
     coords: Int32[np.ndarray, "N 4"], levels: int = 5, bucket: int | None = None, spread: int = _WIDEST
 ) -> Pyramid:
@@ -434,10 +442,8 @@ def build_pyramid(
     """
     if not 1 <= levels <= 5:
         raise ValueError(f"levels is {levels}: expected 1 to 5")
-    if bucket is not None and (bucket <= 0 or bucket % 128 or not 0 <= spread <= _WIDEST):
-        raise ValueError(
-            f"bucket is {bucket} and spread {spread}: expected a positive multiple of 128, and 0 to {_WIDEST}"
-        )
+    if bucket is not None:
+        _check_shapes(bucket, spread)
     level = _sorted_level(coords, 1)
     stem = _neighbours(level, 5)
     level_coords, submanifold, down = [level.coords], [], []
@@ -461,7 +467,9 @@ def repad(pyramid: Pyramid, bucket: int, spread: int = _WIDEST) -> Pyramid:
 
     Raises:
         CapacityError: the cloud does not fit them.
+        ValueError: as `build_pyramid`.
     """
+    _check_shapes(bucket, spread)
 
     def stored(kernel_map: KernelMap) -> _Pairs:
         return _stored(kernel_map, _counts(kernel_map), np.arange(kernel_map.kernel_volume))

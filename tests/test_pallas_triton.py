@@ -1,5 +1,6 @@
 """The Pallas kernels: their numbers in interpret mode, their compilation for GPUs without one, and both on a GPU."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -93,6 +94,19 @@ def test_blocks_change_no_result_beyond_rounding():
     conv, weight_gradient = Blocks(16, 16, 32, 4, 3), Blocks(32, 16, 48, 4, 3)
     with targeting(INTERPRET), tuning.trying("conv", conv), tuning.trying("weight_gradient", weight_gradient):
         check_against_reference(problem)
+
+
+def test_the_kernels_are_traced_in_jaxs_wide_and_strict_modes():
+    m, *arrays = problem_data(AWKWARD["odd channels"])
+    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
+    modes = jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with targeting(INTERPRET), contextlib.ExitStack() as stack:
+        expected = conv_and_gradients(*arrays, m)
+        for mode in modes:
+            stack.enter_context(mode)
+        found = conv_and_gradients(*arrays, m)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_padding_rows_matter_to_nobody_and_come_out_zero():

@@ -289,6 +289,13 @@ def test_it_is_the_same_under_jit_and_on_each_replica_of_pmap(scene, output):
         assert_close(replica, output, 2e-6)
 
 
+def test_numpy_arrays_are_taken_as_jax_takes_them():
+    m, x, w, _ = problem_data(AWKWARD["odd channels"])
+    assert x.dtype == np.float64
+    out = sparse_conv(x, w, m)
+    np.testing.assert_array_equal(out, sparse_conv(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), m))
+
+
 # ----------------------------------------------------------------------------------------------------- errors
 
 
@@ -305,5 +312,10 @@ def test_errors_name_both_shapes_and_the_axis():
         sparse_conv(x, w[:, :, :0], m)
     with pytest.raises(ValueError, match="features are bfloat16 and weights float32"):
         sparse_conv(x.astype(jnp.bfloat16), w, m)
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), m)
+    with pytest.raises(ValueError, match=r"kernel_map has arrays of shape \(2, .*where maps are stacked over devices"):
+        sparse_conv(x, w, stacked)
+    with pytest.raises(ValueError, match="kernel_map has arrays of int64, .*: expected int32"):
+        sparse_conv(x, w, jax.tree.map(lambda leaf: leaf.astype(np.int64), m))
     with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, cpu, pallas_triton, or None"):
         sparse_conv(x, w, m, implementation="cuda")

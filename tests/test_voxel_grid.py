@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,6 +80,11 @@ def test_every_point_lies_in_its_voxel_and_the_first_of_a_voxel_is_its_lowest(se
 def test_negative_coordinates_are_floored_and_not_truncated():
     points = np.array([[-0.01, -1.0, -1.01], [0.0, 0.99, 1.0]], np.float32)
     assert voxelize(points, 1.0).coords.tolist() == [[-1, -1, -2], [0, 0, 1]]
+
+
+def test_a_point_of_jax_lies_in_the_voxel_of_the_same_point_of_numpy():
+    points = np.float32([[0.7, 0, 0]])
+    np.testing.assert_array_equal(voxelize(jnp.asarray(points), 0.1).coords, voxelize(points, 0.1).coords)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6, -1e30])
@@ -202,8 +208,10 @@ def test_other_bad_input_says_what_was_expected():
     one = np.array([[0, 2, 3, 2]], np.int32)
     with pytest.raises(ValueError, match="row 0 .*multiples of tensor_stride 2"):
         kernel_map(one, kernel_size=3, tensor_stride=2)
-    with pytest.raises(ValueError, match="tensor_stride is 0: expected at least 1"):
+    with pytest.raises(ValueError, match="tensor_stride is 0: expected 1 to"):
         kernel_map(one, kernel_size=3, tensor_stride=0)
+    with pytest.raises(ValueError, match="tensor_stride is 65536: expected 1 to"):
+        kernel_map(one, kernel_size=2, stride=2, tensor_stride=65536)
     with pytest.raises(ValueError, match="kernel_size 4 with stride 1: expected"):
         kernel_map(one, kernel_size=4)
     with pytest.raises(ValueError, match="empty cloud"):
@@ -380,3 +388,9 @@ def test_strided_coordinates_are_minkowski_engines(shared):
 def test_a_pyramid_of_no_such_shape_is_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         build_pyramid(np.zeros((1, 4), np.int32), **shape)
+
+
+@pytest.mark.parametrize("shape", [(2100, 0), (2048, 7), (2048, -1)])
+def test_a_pyramid_is_not_padded_to_no_such_shape(shape):
+    with pytest.raises(ValueError, match="expected a positive multiple of 128, and 0 to"):
+        repad(build_pyramid(np.zeros((1, 4), np.int32)), *shape)

@@ -2,6 +2,8 @@
 
 import functools
 
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -20,8 +22,8 @@ _OBSTACLES = {"pallas_triton": pallas_triton.unsupported, "cpu": cpu.unsupported
 
 
 def sparse_conv(
-    features: Float[Array, "N Cin"],
-    weights: Float[Array, "K _Cin Cout"],
+    features: Float[Array | np.ndarray, "N Cin"],
+    weights: Float[Array | np.ndarray, "K _Cin Cout"],
     kernel_map: KernelMap,
     *,
     transposed: bool = False,
@@ -49,6 +51,8 @@ def sparse_conv(
         ValueError: shapes or dtypes that do not fit, naming both and the axis; an unknown implementation.
         NotImplementedError: the implementation asked for does not run on this device, or not in this dtype.
     """
+    features, weights = jnp.asarray(features), jnp.asarray(weights)
+    _check_map(kernel_map)
     side, rows = ("output", kernel_map.num_out) if transposed else ("input", kernel_map.num_in)
     if features.ndim != 2 or weights.ndim != 3:
         raise ValueError(f"features {features.shape} and weights {weights.shape}: expected [N, Cin] and [K, Cin, Cout]")
@@ -83,6 +87,19 @@ def sparse_conv(
     if implementation == "pallas_triton":
         return pallas_triton.sparse_conv(features, weights, kernel_map, transposed, epilogue)
     return epilogue(_IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed))
+
+
+def _check_map(kernel_map: KernelMap) -> None:
+    """A map with an axis too many would be read as another map by the compiled loops, which trust it."""
+    arrays = kernel_map.in_index, kernel_map.out_index, kernel_map.offset_index, kernel_map.num_tiles
+    tiles = np.shape(kernel_map.in_index)
+    if len(tiles) != 2 or [np.shape(a) for a in arrays[1:]] != [tiles, tiles[:1], ()]:
+        raise ValueError(
+            f"kernel_map has arrays of shape {', '.join(str(np.shape(a)) for a in arrays)}: expected (T, tile), "
+            "(T, tile), (T,) and (); where maps are stacked over devices, take this one's"
+        )
+    if any(a.dtype != np.int32 for a in arrays):
+        raise ValueError(f"kernel_map has arrays of {', '.join(str(a.dtype) for a in arrays)}: expected int32")
 
 
 def _check(epilogue: Epilogue, rows: int, channels: int) -> None:

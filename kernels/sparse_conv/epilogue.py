@@ -22,7 +22,7 @@ class Epilogue(NamedTuple):
 
     def __call__(self, rows: Float[Array, "M Cout"]) -> Float[Array, "M Cout"]:
         wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-        out = (wide - self.mean) * self.scale + self.bias
+        out = (wide - self.mean[None, :]) * self.scale[None, :] + self.bias[None, :]
         if self.residual is not None:
-            out += self.residual
+            out += self.residual.astype(out.dtype)
         return jnp.where(self.keep[:, None], jax.nn.relu(out), 0).astype(rows.dtype)

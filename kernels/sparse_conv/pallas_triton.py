@@ -115,7 +115,7 @@ def _row_tiles(pairs, *, kernel_volume: int, num_in: int, num_out: int, rows: in
     live = has[:, order].reshape(kernel_volume, tiles, rows).any(axis=2).T
     k = jnp.arange(kernel_volume, dtype=jnp.int32)
     slot = jnp.where(live, jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, kernel_volume)
-    offset = jnp.where(slot[:, None, :] == k[:, None], k, 0).sum(2, dtype=jnp.int32)
+    offset = jnp.where(slot[:, None, :] == k[None, :, None], k, 0).sum(2, dtype=jnp.int32)
     place = offset[:, :, None] * padded + order.reshape(tiles, 1, rows)
     return _RowTiles(live.sum(1, dtype=jnp.int32), offset, neighbour.at[place].get(mode="promise_in_bounds"), order)
 
@@ -235,7 +235,7 @@ def _shares(end_of_offset, programs: int):
         first, last: int32 [K], the programs of an offset, `last` not among them.
     """
     begin_of_offset = jnp.pad(end_of_offset[:-1], (1, 0))
-    share = jnp.maximum(pl.cdiv(end_of_offset[-1], programs - end_of_offset.size), 1)
+    share = jnp.maximum(pl.cdiv(end_of_offset[-1], jnp.int32(programs - end_of_offset.size)), 1)
     number = pl.cdiv(end_of_offset - begin_of_offset, share)
     last = jnp.cumsum(number, dtype=jnp.int32)
     first = last - number
@@ -254,7 +254,8 @@ def _weight_gradient(features, grad_out, pairs, volume: int):
     (groups_in, width_in), (groups_out, width_out) = map(_groups, channels, (blocks.inputs, blocks.outputs))
     parts_in, parts_out = _powers(width_in), _powers(width_out)
     chunk = min(blocks.rows, source.shape[1])
-    upto = (offset[None, :] <= jnp.arange(volume)[:, None]) & (jnp.arange(offset.size) < num_tiles)
+    k, tile = jnp.arange(volume, dtype=jnp.int32), jnp.arange(offset.size, dtype=jnp.int32)
+    upto = (offset[None, :] <= k[:, None]) & (tile < num_tiles)[None, :]
     end_of_offset = upto.sum(1, dtype=jnp.int32) * (source.shape[1] // chunk)
     programs = max(pl.cdiv(_WEIGHT_PROGRAMS, groups_in * groups_out), 2 * volume)
     begin, end, first, last = _shares(end_of_offset, programs)
