@@ -65,16 +65,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher.name = "lseg"  # or openseg, maskclip, simulated
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
-    # the rates of the errors of "simulated", as ggsd_jax/vision_language/simulated.py explains them
-    config.teacher.fragment_mistakes = 0.1
-    config.teacher.view_mistakes = 0.18
-    config.teacher.temperature = 0.25
-    config.teacher.fragment_size = 1.0  # metres
-    config.teacher.ambiguity = 0.15
-    config.teacher.bleeding = 0.01
-    config.teacher.lighting = 0.4
-    config.teacher.pixel_noise = 1.0
-    config.teacher.seed = 0
 
     config.text = ml_collections.ConfigDict()
     config.text.encoder = ""  # the folder of a CLIP snapshot, or an .npz with its embedding of each class name

@@ -225,7 +225,7 @@ def _targets(scenes: Sequence[Scene], voxels: Sequence[Voxels], capacity: int) -
 def _labels(scenes: Sequence[Scene], voxels: Sequence[Voxels]) -> Int32[np.ndarray, " V"]:
     for scene in scenes:
         if scene.labels is None:
-            raise ValueError(f"scene '{scene.name}' has no labels, which mode=supervised learns from")
+            raise ValueError(f"scene '{scene.name}' has no labels, which --config.mode=supervised learns from")
     labels = np.concatenate([s.labels[v.first] for s, v in zip(scenes, voxels, strict=True)])
     return np.where(labels == IGNORE, -1, labels).astype(np.int32)
 

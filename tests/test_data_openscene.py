@@ -189,7 +189,7 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     left_out = prepare.load_report(tmp_path / "out")["train"]["left_out"]
     assert list(left_out) == ["scene0000_01_vh_clean_2"] and "missing" in left_out["scene0000_01_vh_clean_2"]
     config.teacher.name = "none"
-    with pytest.raises(ValueError, match="teacher.name='none' is for mode=supervised"):
+    with pytest.raises(ValueError, match="teacher.name='none' is for --config.mode=supervised"):
         prepare.prepare(config, tmp_path / "labels_alone")
     with config.unlocked():
         labelled = config.copy_and_resolve_references()

@@ -141,19 +141,7 @@ def test_negatives_lower_scores_and_never_raise_them(model):
     ("call", "message"),
     [
         (lambda m: m.encode(np.zeros((0, 3), np.float32)), "points has no rows"),
-        (lambda m: m.segment(room(0), []), "labels is empty"),
-        (lambda m: m.query(room(0), []), "words is empty"),
         (lambda m: m.query(room(0), [" "]), "not empty"),
-    ],
-)
-def test_bad_input_is_refused_in_words(model, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(model)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
         (lambda model: model.segment(room(0), "chair"), "labels is the text 'chair': give a list"),
         (lambda model: model.query(room(0), "chair"), "words is the text 'chair': give a list"),
         (lambda model: model.query(room(0), ["chair"], "stool"), "negatives is the text 'stool': give a list"),

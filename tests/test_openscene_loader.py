@@ -113,7 +113,7 @@ def test_two_scenes_are_put_together_as_openscene_does(golden):
 
 def test_a_scene_without_labels_cannot_teach_with_labels(golden):
     scene = dataclasses.replace(golden_scene(golden), labels=None)
-    with pytest.raises(ValueError, match="scene 'golden' has no labels, which mode=supervised learns from"):
+    with pytest.raises(ValueError, match="scene 'golden' has no labels, which --config.mode=supervised learns from"):
         make_batch([scene], [golden_voxels(golden)], make_config("supervised"))
 
 

@@ -50,7 +50,7 @@ def make(config: ml_collections.ConfigDict, classes: Sequence[str]) -> Teacher:
     name, weights = config.teacher.name, config.teacher.get("weights", "")
     if name == NONE:
         if config.mode != "supervised":
-            raise ValueError(f"teacher.name={name!r} is for mode=supervised: GGSD learns from a 2D network")
+            raise ValueError(f"teacher.name={name!r} is for --config.mode=supervised: GGSD learns from a 2D network")
         return ReadyMade(NONE, width=1)
     if name == SIMULATED:
         rates = {field: value for field, value in config.teacher.items() if field not in _FIELDS}
