@@ -3,10 +3,10 @@
   python -m ggsd_jax.main --config=configs/replica.py --workdir=out/replica --config.data.root=/data/Replica \\
       --config.teacher.weights=/data/clip-vit-base-patch16 --config.text.encoder=/data/clip-vit-base-patch16
 
-There is nothing to score: the run ends with the trained network. `data.root` is either Replica as rendered for NICE-SLAM
-(cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: `office0_mesh.ply`, `office0/traj.txt`, `office0/results/`, ...) or
-OpenScene's `replica_processed` (`replica_3d/`, `replica_2d/`); every 10th frame is used. The 2D teacher has to be a
-real network: the simulated one looks at labels. Weights and text go together as configs/scannet.py says.
+There is nothing to score: the run ends with the trained network. `data.root` is either Replica as rendered for
+NICE-SLAM (cvg-data.inf.ethz.ch/nice-slam/data/Replica.zip: `office0_mesh.ply`, `office0/traj.txt`, `office0/results/`,
+...) or OpenScene's `replica_processed` (`replica_3d/`, `replica_2d/`); every 10th frame is used. The 2D teacher has to
+be a real network: the simulated one looks at labels. Weights and text go together as configs/scannet.py says.
 
 OpenScene only shows pictures of Replica, made with a network trained elsewhere, and the paper does not use it: there
 are no hours to expect and no score to compare. The hyper-parameters are those of the paper's indoor data sets.

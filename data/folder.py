@@ -119,9 +119,7 @@ def read_cloud(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _in_metres(
-    path: Path, points: Float[np.ndarray, "N 3"], scale: float | None, say: str
-) -> Float[np.ndarray, "N 3"]:
+def _in_metres(path: Path, points: Float[np.ndarray, "N 3"], scale: float | None, say: str) -> Float[np.ndarray, "N 3"]:
     if scale is None:
         check_metres(path, points, say)
         return points

@@ -107,8 +107,8 @@ def _check_depth_scale(ratio: Float64[np.ndarray, " M"], met: int, agreeing: int
     if np.mean(np.abs(ratio / factor - 1) <= max(tolerance, 0.1)) > 0.3:
         raise ValueError(
             f"almost nothing is visible: {agreeing} of {met} points that fall on a depth reading lie there, "
-            f"and most readings are {factor:.3g} times as far as their points; is the depth scale of another data set, or "
-            "are the poses not camera to world, in metres?"
+            f"and most readings are {factor:.3g} times as far as their points; is the depth scale of another data set, "
+            "or are the poses not camera to world, in metres?"
         )
 
 

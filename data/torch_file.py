@@ -106,7 +106,9 @@ class _Reader(pickle.Unpickler):
         if (module, name) not in self._names and self._inert:
             self._names[module, name] = type(name, (Inert,), {})
         if (module, name) not in self._names:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused: save tensors alone, in float32 or float16")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which is refused: save tensors alone, in float32 or float16"
+            )
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:

@@ -114,7 +114,7 @@ def save_model(directory: Path, variables: PyTree, info: dict) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with _written(directory), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
-    (temporary / MODEL_FILE).write_text(json.dumps(info | {"checksum": _checksum(variables)}, indent=1))
+    (temporary / MODEL_FILE).write_text(json.dumps(info | {"files": _checksums(temporary / "variables")}, indent=1))
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
 
@@ -133,30 +133,31 @@ def load_model(directory: Path) -> tuple[PyTree, dict]:
         )
     try:
         info = json.loads(path.read_text())
-        checksum = info.pop("checksum", None)  # None: whoever made the folder left it out
+        files = info.pop("files", {})  # none: whoever made the folder left it out
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); copy or export the model again") from error
     saved = (directory / "variables").resolve()
+    there = _checksums(saved)
+    if bad := [name for name, checksum in files.items() if there.get(name) != checksum]:
+        raise ValueError(
+            f"{saved}: the weights are incomplete or damaged, {bad[0]} is not as it was written; copy or export the "
+            "model again"
+        )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         try:
             tree = checkpointer.metadata(saved).item_metadata.tree
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            variables = checkpointer.restore(saved, restore_args=kinds)
-            if checksum not in (None, _checksum(variables)):
-                raise ValueError("their checksum is not that of model.json")
-            return variables, info
+            return checkpointer.restore(saved, restore_args=kinds), info
         except Exception as error:  # Orbax and TensorStore have many ways to meet half a copy
             raise ValueError(
                 f"{saved}: the weights are incomplete or damaged; copy or export the model again ({error})"
             ) from error
 
 
-def _checksum(variables: PyTree) -> int:
-    """CRC-32 of all numbers in their order."""
-    checksum = 0
-    for leaf in jax.tree.leaves(variables):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
-    return checksum
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file in a folder, by its path from there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

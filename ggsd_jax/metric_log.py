@@ -67,7 +67,7 @@ class StepLog:
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"step {step - len(steps) + offset + 1}: {name} is {value}; training stopped, all "
-                        "checkpoints are of before. Try a lower optimizer.learning_rate, or look at this step's input features"
+                        "checkpoints are of before. Try a lower optimizer.learning_rate, or look at the step's features"
                     )
         seconds = max(time.monotonic() - self._clock, 1e-9)
         means = {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}

@@ -115,7 +115,8 @@ def scene_files(paths: Sequence[str | Path]) -> list[Path]:
         elif not path.is_file():
             raise FileNotFoundError(f"{path}: no such scan")
         elif path.suffix.lower() not in CLOUD_SUFFIXES:
-            raise ValueError(f"{path}: expected a {' or '.join(CLOUD_SUFFIXES)} file; convert it, e.g. with CloudCompare")
+            kinds = " or ".join(CLOUD_SUFFIXES)
+            raise ValueError(f"{path}: expected a {kinds} file; convert it, e.g. with CloudCompare")
         else:
             files.append(path)
     stems: dict[str, Path] = {}
