@@ -129,29 +129,29 @@ def scannet_scans(config: ml_collections.ConfigDict) -> Splits:
     data.lists names their folder, if that is not data.root.
     """
     _expect_label_set(config, *scannet.LABEL_TABLES)
-    root, look = Path(config.data.root), _is_looked_at(config)
+    root, with_views = Path(config.data.root), _needs_views(config)
 
     def scans(split: str) -> Readers:
         listed = _read_list(config, f"scannetv2_{split}.txt")
         found = {}
         for name in listed:
             if (root / "scans" / name).is_dir():
-                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set, look)
+                found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set, with_views)
             elif (root / f"{name}.npz").is_file():
-                found[name] = functools.partial(_read_npz, root / f"{name}.npz", look)
+                found[name] = functools.partial(_read_npz, root / f"{name}.npz", with_views)
         return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
 
     return {split: functools.partial(scans, split) for split in ("train", "val")}
 
 
-def _read_scan(folder: Path, label_set: str, look: bool) -> RawScene:
-    views = scannet.read_views(folder) if look else ()
+def _read_scan(folder: Path, label_set: str, with_views: bool) -> RawScene:
+    views = scannet.read_views(folder) if with_views else ()
     return RawScene(scannet.read_scene(folder, label_set), views, border=scannet.BORDER)
 
 
-def _read_npz(path: Path, look: bool) -> RawScene:
+def _read_npz(path: Path, with_views: bool) -> RawScene:
     scene = Scene.load_npz(path)
-    return RawScene(scene, _look_around(path, scene) if look else (), border=0)
+    return RawScene(scene, _look_around(path, scene) if with_views else (), border=0)
 
 
 def _look_around(path: Path, scene: Scene) -> list[View]:
@@ -171,14 +171,14 @@ def matterport_regions(config: ml_collections.ConfigDict) -> Splits:
     data.root.
     """
     _expect_label_set(config, *matterport.LABEL_SET_NAMES)
-    root, look = Path(config.data.root), _is_looked_at(config)
+    root, with_views = Path(config.data.root), _needs_views(config)
     table = Path(config.data.lists or config.data.root) / "category_mapping.tsv"
     class_of_category = matterport.read_categories(table, config.data.label_set)
 
     def regions(list_name: str, nearest: int) -> Readers:
         listed = _read_list(config, list_name)
         found = {
-            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest, look)
+            f"{building} {mesh.stem}": functools.partial(_read_region, mesh, class_of_category, nearest, with_views)
             for building in listed
             for mesh in sorted((root / building / "region_segmentations").glob("region*.ply"))
         }
@@ -192,13 +192,13 @@ def matterport_regions(config: ml_collections.ConfigDict) -> Splits:
     }
 
 
-def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int, look: bool) -> RawScene:
+def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int, with_views: bool) -> RawScene:
     scene = matterport.read_region(mesh, class_of_category)
     cameras = _cameras_of_building(mesh.parent.parent)
     chosen = matterport.cameras_of_region(cameras, scene.points, nearest)
     if not chosen:
         raise LeftOut("no camera stands in it")
-    views = matterport.read_views(chosen) if look else ()
+    views = matterport.read_views(chosen) if with_views else ()
     return RawScene(scene, views, matterport.BORDER, matterport.DEPTH_TOLERANCE)
 
 
@@ -221,15 +221,17 @@ def nuscenes_keyframes(config: ml_collections.ConfigDict) -> Splits:
     )
 
     def of_split(split: str) -> Readers:
-        look = _is_looked_at(config)
-        return {k.token: functools.partial(_read_keyframe, k, look) for k in keyframes if k.scene in listed[split]}
+        with_views = _needs_views(config)
+        return {
+            k.token: functools.partial(_read_keyframe, k, with_views) for k in keyframes if k.scene in listed[split]
+        }
 
     return {split: functools.partial(of_split, split) for split in listed}
 
 
-def _read_keyframe(keyframe: nuscenes.Keyframe, look: bool) -> RawScene:
+def _read_keyframe(keyframe: nuscenes.Keyframe, with_views: bool) -> RawScene:
     scene, own = nuscenes.read_scene(keyframe)
-    views = nuscenes.read_views(keyframe) if look else ()
+    views = nuscenes.read_views(keyframe) if with_views else ()
     return RawScene(scene, views, border=nuscenes.BORDER, num_supervised=own)
 
 
@@ -241,11 +243,11 @@ def semantickitti_scans(config: ml_collections.ConfigDict) -> Splits:
     `calib.txt`.
     """
     _expect_label_set(config, "semantickitti19")
-    root, look = Path(config.data.root) / "sequences", _is_looked_at(config)
+    root, with_views = Path(config.data.root) / "sequences", _needs_views(config)
 
     def scans(sequences: tuple[str, ...]) -> Readers:
         paths = [path for sequence in sequences for path in sorted((root / sequence / "velodyne").glob("[0-9]*.bin"))]
-        found = {f"{p.parent.parent.name}_{p.stem}": functools.partial(_read_lidar_scan, p, look) for p in paths}
+        found = {f"{p.parent.parent.name}_{p.stem}": functools.partial(_read_lidar_scan, p, with_views) for p in paths}
         absent = [s for s in sequences if s not in {path.parent.parent.name for path in paths}]
         return _some(found, absent, "SemanticKITTI", f"{root}/<sequence>/velodyne/*.bin")
 
@@ -255,8 +257,8 @@ def semantickitti_scans(config: ml_collections.ConfigDict) -> Splits:
     }
 
 
-def _read_lidar_scan(path: Path, look: bool) -> RawScene:
-    views = semantickitti.read_views(path) if look else ()
+def _read_lidar_scan(path: Path, with_views: bool) -> RawScene:
+    views = semantickitti.read_views(path) if with_views else ()
     return RawScene(semantickitti.read_scan(path), views, semantickitti.BORDER)
 
 
@@ -294,7 +296,7 @@ def folder_scenes(config: ml_collections.ConfigDict) -> Splits:
         )
     readers = {
         name: functools.partial(
-            _read_own, name, path, config.data.scale or None, config.data.depth_units, _is_looked_at(config)
+            _read_own, name, path, config.data.scale or None, config.data.depth_units, _needs_views(config)
         )
         for name, path in clouds.items()
     }
@@ -308,9 +310,9 @@ def folder_scenes(config: ml_collections.ConfigDict) -> Splits:
     return {split: functools.partial(dict, scenes) for split, scenes in splits.items()}
 
 
-def _read_own(name: str, path: Path, scale: float | None, depth_units: float, look: bool) -> RawScene:
+def _read_own(name: str, path: Path, scale: float | None, depth_units: float, with_views: bool) -> RawScene:
     scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
-    if scene.features is not None or not look:
+    if scene.features is not None or not with_views:
         return RawScene(scene, views=(), border=0)
     views = folder.read_views(path, scene, scale or 1.0, depth_units)
     if views is None and scene.labels is None:
@@ -367,7 +369,7 @@ def _expect_label_set(config: ml_collections.ConfigDict, *known: str) -> None:
         raise ValueError(f"data.label_set is {config.data.label_set!r}: {config.data.name} is read with {expected}")
 
 
-def _is_looked_at(config: ml_collections.ConfigDict) -> bool:
+def _needs_views(config: ml_collections.ConfigDict) -> bool:
     """Whether scenes need their views: not where nothing is learned from 2D features."""
     return config.teacher.name != "none"
 

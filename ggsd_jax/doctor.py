@@ -296,12 +296,13 @@ def _preprocessed(given: Path) -> str:
 
 def _fused_features(given: Path) -> str:
     from data import torch_file
-    from ggsd_jax.export import OPENSCENE_TEACHERS
+    from ggsd_jax.vision_language.teachers import OPENSCENE_TEACHERS
 
     files = sorted(given.glob("[!.]*.pt"))
     channels = torch_file.load(files[0])["feat"].shape[1]
     name = given.absolute().name.lower()
-    texts = [f", for the text of {clip}" for teacher, (_, clip) in OPENSCENE_TEACHERS.items() if teacher in name]
+    known = OPENSCENE_TEACHERS.items()
+    texts = [f", for the text of CLIP {made.space}" for teacher, made in known if teacher in name]
     return f"OpenScene's 2D features, {_count(len(files), 'file')}, {channels} channels{''.join(texts)}"
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from ggsd_jax import checkpoint, inference, openscene, portable
 from ggsd_jax.query import word_list
 from ggsd_jax.vision_language import text
+from ggsd_jax.vision_language.teachers import OPENSCENE_TEACHERS
 
 BUCKETS = (8192, 32_768, 131_072)
 _CARD = "MODEL_CARD.md"  # by which an export is known
@@ -55,7 +56,6 @@ _OPENSCENE_DATA = {
     "matterport": _Published(0.02, "matterport21"),
     "nuscenes": _Published(0.05, "nuscenes16"),
 }
-OPENSCENE_TEACHERS = {"lseg": (512, "CLIP ViT-B/32"), "openseg": (768, "CLIP ViT-L/14@336px")}
 
 
 def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS, run: Path | None = None) -> None:
@@ -149,7 +149,7 @@ def from_openscene(
     width = text.embed(classes, encoder=text_encoder, prompt=info["prompt"]).shape[1]
     if width != saved["out_channels"]:
         known = OPENSCENE_TEACHERS.items()
-        fitting = [f"{clip} for {name}" for name, (channels, clip) in known if channels == saved["out_channels"]]
+        fitting = [f"CLIP {made.space} for {name}" for name, made in known if made.width == saved["out_channels"]]
         raise ValueError(
             f"{path}: its features have {saved['out_channels']} channels, --text_encoder={text_encoder} {width}; "
             f"it takes the encoder of its 2D features{''.join(f' ({f})' for f in fitting)}"

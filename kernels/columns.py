@@ -158,7 +158,7 @@ def _meet(own, own_first, near, near_first, shift, rows, position, in_index, out
 def neighbours(keys, bits, first, rows, radius, steps, position, in_index, out_index):
     """Pairs of an odd kernel over columns: `position[k]` advances by the number of pairs of offset k.
 
-    `steps` are those of k for one more in dy and in dz.
+    `steps`: how much k grows with dy and with dz.
 
     With an empty `in_index` it only counts; otherwise pairs of `rows` (of each rank) are written as they are met. There
     is one pass with a cursor per dx of the kernel up to the centre's: the columns (x + dx, y - radius) to (x + dx, y +

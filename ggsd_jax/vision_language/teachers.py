@@ -20,7 +20,6 @@ _WEIGHTS = {
     "lseg": "LSeg's checkpoint demo_e200.ckpt",
     "openseg": "the folder of its SavedModel, openseg_exported_clip",
 }
-_READY_MADE = {"lseg": "ViT-B/32", "openseg": "ViT-L/14@336px"}  # whose text OpenScene's features go with
 
 
 class ReadyMade(NamedTuple):
@@ -28,6 +27,10 @@ class ReadyMade(NamedTuple):
 
     space: str
     width: int
+
+
+OPENSCENE_TEACHERS = {"lseg": ReadyMade("ViT-B/32", 512), "openseg": ReadyMade("ViT-L/14@336px", 768)}
+"""By the names of OpenScene's downloads, the CLIP whose text their features go with."""
 
 
 TEACHERS = {
@@ -74,9 +77,8 @@ def ready_made(folder: str | Path, encoder: str) -> ReadyMade:
     Raises:
         ValueError: the encoder is of another space; else what `text.space` raises.
     """
-    space = next((space for name, space in _READY_MADE.items() if name in Path(folder).name.lower()), None)
-    if space is None:
-        space = text.space(encoder)
+    known = next((made for name, made in OPENSCENE_TEACHERS.items() if name in Path(folder).name.lower()), None)
+    space = text.space(encoder) if known is None else known.space
     text.check_space(space, encoder)
     return ReadyMade(space, text.width(encoder))
 
