@@ -233,7 +233,8 @@ def main() -> None:
 
 def _report(rows: list[dict]) -> None:
     device = jax.devices()[0].device_kind
-    machine = f"{device}, {os.cpu_count()} cores, {platform.machine()}"
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # Linux, but not on Arm
+    machine = f"{device}, {os.cpu_count()} cores, {processor[1] if processor else platform.machine()}"
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | (peer.VERSIONS if peer else {})
     titles = {
         "xla": "XLA",

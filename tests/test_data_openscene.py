@@ -1,9 +1,7 @@
 """OpenScene's preprocessed scenes and feature files, its own ones and small ones made to be wrong."""
 
 import pickle
-import runpy
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from data import openscene
 from data.feature_codes import dequantize, quantize
 from data.labels import LABEL_SETS
+from experiments import configs
 from ggsd_jax import prepare
 
 POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -171,7 +170,7 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
             mask = rng.random(500) < 0.5
             feat = rng.normal(size=(mask.sum(), 64)).astype(np.float16)
             save(features / f"{scene}_0.pt", {"feat": feat, "mask_full": mask})
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/scannet.py"))["get_config"]()
+    config = configs.load("scannet")
     config.update_from_flattened_dict(
         {"data.name": "openscene", "data.root": str(tmp_path / "scannet_3d"), "data.prepare_workers": 0}
         | {"data.chunks": 1, "text.encoder": text_file("ViT-B/32", 64)}
@@ -230,7 +229,7 @@ def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_
             save(folder / f"{split}_region0_{chunk}.pt", {"feat": feat, "mask_full": mask})
     words = LABEL_SETS["matterport21"].classes
     np.savez(tmp_path / "words.npz", embedding=rng.normal(size=(len(words), 8)), names=words, model="ViT-L/14@336px")
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/matterport.py"))["get_config"]()
+    config = configs.load("matterport")
     config.update_from_flattened_dict(
         {"data.name": "openscene", "data.root": str(tmp_path / "matterport_3d"), "data.features": str(features)}
         | {"data.prepare_workers": 0, "data.chunk_points": 300, "text.encoder": str(tmp_path / "words.npz")}

@@ -1,18 +1,17 @@
 import dataclasses
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.scene import Scene
+from experiments import configs
 from ggsd_jax import datasets
 from ggsd_jax.evaluate import ensemble_scores, half_scores, predict, table
 from ggsd_jax.metrics import UNKNOWN
 
 
 def synthetic(**changes):
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "synthetic.py"))["get_config"]()
+    config = configs.load("synthetic")
     config.update_from_flattened_dict(changes)
     return config
 

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from data import folder
 from data.projection import project
 from data.scene import Scene, write_ply
+from experiments import configs
 from ggsd_jax import prepare
 
 RNG = np.random.default_rng(0)
@@ -280,7 +280,7 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     (tmp_path / "cellar").mkdir()
     (tmp_path / "cellar/cloud.las").touch()
     (tmp_path / "val.txt").write_text("\ufeffhall\n\n", encoding="utf-8")
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
+    config = configs.load("folder")
     config.teacher.name = "simulated"
     config.update_from_flattened_dict(
         {"data.root": str(tmp_path), "data.chunks": 1, "data.prepare_workers": 0, "text.encoder": "stand-in:64"}
@@ -308,7 +308,7 @@ def test_the_layout_in_the_config_is_the_one_the_errors_show():
 
 def test_a_split_of_which_nothing_is_left_says_why(tmp_path):
     Scene("attic", POINTS).save_npz(tmp_path / "attic.npz")
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/folder.py"))["get_config"]()
+    config = configs.load("folder")
     config.update_from_flattened_dict(
         {"data.root": str(tmp_path), "data.prepare_workers": 0, "teacher.name": "simulated", "text.encoder": "stand-in"}
     )

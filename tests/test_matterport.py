@@ -1,6 +1,5 @@
 """Matterport3D: a miniature building written here from the format's description, and the real category table."""
 
-import runpy
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from data import matterport
 from data.labels import IGNORE, LABEL_SETS
 from data.projection import fuse, project
+from experiments import configs
 from ggsd_jax import datasets, prepare
 
 TABLE = """index\tnyu40id\tnyuClass
@@ -222,7 +222,7 @@ def test_buildings_are_prepared_and_regions_without_camera_left_out_of_training_
         shift = np.array([0.5, 0.5, 5], np.float32) if building == "b1" else np.array([0.5, 0, -1.9], np.float32)
         write_region(root / building / "region_segmentations/region1.ply", vertices * [1, 1, 0.3] + shift, faces)
         write_building(root / building, [(1.0, 1.0, 2.0)])
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/matterport.py"))["get_config"]()
+    config = configs.load("matterport")
     overrides = {"data.root": str(root), "data.lists": str(lists), "text.encoder": "stand-in:64"}
     overrides |= {"teacher.name": "simulated", "data.chunks": 1, "data.prepare_workers": 0}
     config.update_from_flattened_dict(overrides)

@@ -1,7 +1,6 @@
 """nuScenes: a miniature release written here from its schema, and real keyframes put into one."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from data import nuscenes
 from data.labels import LABEL_SETS
 from data.projection import project
+from experiments import configs
 from ggsd_jax import metrics, prepare
 
 VERSION = "v1.0-mini"
@@ -240,7 +240,7 @@ def test_an_image_of_another_camera_is_refused_when_it_is_looked_at(release):
 
 
 def load_config(**overrides):
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/nuscenes.py"))["get_config"]()
+    config = configs.load("nuscenes")
     config.update_from_flattened_dict(
         {"teacher.name": "simulated", "text.encoder": "stand-in:64"}
         | {"data.version": VERSION, "data.prepare_workers": 0}

@@ -1,12 +1,12 @@
 """Words and classes of the published evaluations."""
 
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.labels import LABEL_SETS
+from experiments import configs
 from ggsd_jax import metrics
 from ggsd_jax.protocol import class_vectors, words
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def config(name: str, **changes):
-    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    config = configs.load(name)
     config.update_from_flattened_dict(changes)
     return config
 

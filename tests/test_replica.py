@@ -1,7 +1,6 @@
 """Replica: miniatures of both layouts, written here."""
 
 import pickle
-import runpy
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 from data import replica
 from data.projection import project
 from data.scene import write_ply
+from experiments import configs
 from ggsd_jax import datasets, prepare
 from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
@@ -113,7 +113,7 @@ def test_scenes_without_labels_are_prepared_for_training_only(rendered, tmp_path
             return lambda view: np.ones((360, 640, 8), np.float32)
 
     monkeypatch.setattr(prepare, "make_teacher", lambda config: AllOnes(np.eye(2, 8, dtype=np.float32)))
-    config = runpy.run_path(str(Path(__file__).parents[1] / "configs/replica.py"))["get_config"]()
+    config = configs.load("replica")
     config.update_from_flattened_dict({"data.root": str(rendered), "data.chunks": 1, "data.prepare_workers": 0})
     prepare.prepare(config, tmp_path / "out")
     (scene,) = prepare.load_split(tmp_path / "out", "train")

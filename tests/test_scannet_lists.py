@@ -1,7 +1,6 @@
 """ScanNet's lists, scans and clouds, prepared as `configs/scannet.py` has them but for a simulated teacher."""
 
 import dataclasses
-import runpy
 from pathlib import Path
 
 import ml_collections
@@ -10,14 +9,13 @@ import pytest
 
 from data.scene import Scene
 from data.synthetic import generate_room
+from experiments import configs
 from ggsd_jax import prepare
 from ggsd_jax.prepare import load_split
 
-CONFIG = Path(__file__).parents[1] / "configs" / "scannet.py"
-
 
 def scannet_config(root: Path, **overrides) -> ml_collections.ConfigDict:
-    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config = configs.load("scannet")
     config.update_from_flattened_dict(
         {
             "data.root": str(root),

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import optax
 import pytest
 
 from data.synthetic import generate_room
+from experiments import configs
 from ggsd_jax import checkpoint, inference, input_pipeline, prepare, run
 from ggsd_jax.metric_log import NonFiniteError
 from ggsd_jax.train import AXIS, initial_state, learning_rate_schedule, make_model, make_optimizer, train, train_step
@@ -41,7 +41,7 @@ MINIATURE = {
 
 
 def miniature(**changes):
-    config = runpy.run_path(str(ROOT / "configs" / "synthetic.py"))["get_config"]()
+    config = configs.load("synthetic")
     config.update_from_flattened_dict(MINIATURE | changes)
     return config
 
