@@ -65,7 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "maskclip"  # or lseg, or simulated for labelled clouds
+    config.teacher.name = (
+        "maskclip"  # or lseg, or for labelled clouds simulated (its errors as in configs/synthetic.py)
+    )
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
 

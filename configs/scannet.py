@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.superpoints.normal_importance = 1.0
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.name = "lseg"  # or openseg, maskclip, simulated
+    config.teacher.name = "lseg"  # or openseg, maskclip, simulated (its errors as in configs/synthetic.py)
     config.teacher.weights = ""
     config.teacher.masks = ""  # folder of SAM's masks to average features in (ggsd_jax/vision_language/sam_masks.py)
 

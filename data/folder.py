@@ -85,7 +85,8 @@ def read_cloud(
 ) -> Scene:
     """Points in metres, and where the file has them colours, normals and labels, of a cloud named after its file.
 
-    Points without a reading, of which x, y or z is not finite, are left out, as organised clouds have them.
+    Points without a reading, of which x, y or z is not finite, are left out, as organised clouds have them (an .npz
+    must have none).
 
     Args:
       path: a .ply, .pcd, .npz (as `Scene.save_npz` writes it) or .xyz file.
@@ -106,6 +107,8 @@ def read_cloud(
     try:
         columns = _COLUMNS[path.suffix.lower()](path)
         if columns.keys() >= {*"xyz"}:  # else `scene_of_columns` says what is missing
+            if any(columns[axis].ndim > 1 for axis in "xyz"):
+                raise ValueError("x, y and z have several values per point, expected one")
             points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
             read = np.isfinite(points).all(axis=1)
             if not read.all():

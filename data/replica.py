@@ -61,7 +61,7 @@ def read_views(root: str | os.PathLike, name: str, size: tuple[int, int] = FEATU
 
     Raises:
       FileNotFoundError: there are no poses, or a frame lacks its image or depth.
-      ValueError: a pose is no 4x4 matrix or not finite.  A depth image is checked when it is read.
+      ValueError: a pose is no rigid motion or not finite.  A depth image is checked when it is read.
     """
     root = Path(root)
     frames = _preprocessed_frames(root / "replica_2d" / name) if is_preprocessed(root) else _frames(root / name)

@@ -110,7 +110,7 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
 
     Raises:
       FileNotFoundError: there are no frames, or one lacks its pose, depth or image.
-      ValueError: a pose file is no 4x4 matrix, no pose is finite, or the stream is truncated or of another
+      ValueError: a pose file is no rigid motion, no pose is finite, or the stream is truncated or of another
         size; depth and colour are checked when they are read.
     """
     folder = Path(os.path.abspath(folder))  # of a link its own name

@@ -270,8 +270,8 @@ def read_ply(path: str | os.PathLike) -> Scene:
 def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
     """The scene that the columns of a file make, named after the file.
 
-    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`, 0 where a value
-    is not finite.
+    x, y, z become `points`; red, green, blue (0..255, or floats 0..1) `colors`; nx, ny, nz `normals`, 0 where one is
+    not finite, and none where all are 0.
 
     Raises:
       ValueError: there is no x, y or z, or a field is out of range.
@@ -285,14 +285,14 @@ def scene_of_columns(path: Path, columns: dict[str, np.ndarray]) -> Scene:
 
     points = _in_float32(path, stacked("x", "y", "z"))
     normals = stacked("nx", "ny", "nz")
-    if normals is not None and not normals.any():  # placeholders
-        normals = None
+    if normals is not None:
+        normals = np.where(np.isfinite(normals).all(axis=1, keepdims=True), normals, 0).astype(np.float32)
     try:
         return Scene(
             name=path.stem,
             points=points,
             colors=_colors_to_uint8(stacked("red", "green", "blue")),
-            normals=None if normals is None else np.where(np.isfinite(normals), normals, 0).astype(np.float32),
+            normals=normals if normals is not None and normals.any() else None,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

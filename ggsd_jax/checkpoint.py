@@ -133,16 +133,16 @@ def load_model(directory: Path) -> tuple[PyTree, dict]:
         )
     try:
         info = json.loads(path.read_text())
-        files = info.pop("files", {})  # none: whoever made the folder left it out
+        checksums = dict(info.pop("files", {}))  # none: whoever made the folder left it out
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); copy or export the model again") from error
     saved = (directory / "variables").resolve()
-    there = _checksums(saved)
-    if bad := [name for name, checksum in files.items() if there.get(name) != checksum]:
-        raise ValueError(
-            f"{saved}: the weights are incomplete or damaged, {bad[0]} is not as it was written; copy or export the "
-            "model again"
-        )
+    for name, checksum in checksums.items():
+        if not (saved / name).is_file() or zlib.crc32((saved / name).read_bytes()) != checksum:
+            raise ValueError(
+                f"{saved}: the weights are incomplete or damaged, {name} is not as it was written; copy or export the "
+                "model again"
+            )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         try:
             tree = checkpointer.metadata(saved).item_metadata.tree

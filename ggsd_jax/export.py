@@ -227,8 +227,8 @@ feats[: len(voxels)] = {feats}
 features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), feats))[of_point.ravel()]
 ```
 
-More voxels than the bucket has rows are an error of shapes: take the next bucket. So, too, where the features are NaN:
-coarser levels did not fit, or the cloud spans over a million voxels along an axis.
+More voxels than the bucket has rows are an error of shapes: take the next bucket. NaN means that coarser levels did not
+fit (the next bucket, too), or that the cloud spans over a million voxels along an axis (crop it).
 """
 
 

@@ -66,8 +66,8 @@ class StepLog:
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise NonFiniteError(
-                        f"step {step - len(steps) + offset + 1}: {name} is {value}; training stopped, all "
-                        "checkpoints are of before. Try a lower optimizer.learning_rate, or look at the step's features"
+                        f"step {step - len(steps) + offset + 1}: {name} is {value}; training stopped, every checkpoint "
+                        "is from before it. Try a lower optimizer.learning_rate, or look at the step's features"
                     )
         seconds = max(time.monotonic() - self._clock, 1e-9)
         means = {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}

@@ -74,7 +74,8 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
         raise FileNotFoundError(
             f"data.root is {config.data.root!r}: there is no such folder. {instructions(config.data.name)}"
         )
-    unfinished = data_dir / "unfinished" / f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+    made_so = json.dumps([str(_Dataset.VERSION), settings], sort_keys=True)
+    unfinished = data_dir / "unfinished" / f"{zlib.crc32(made_so.encode()):08x}"
     builder = _Dataset(config, settings, data_dir, unfinished)
     data_dir.mkdir(parents=True, exist_ok=True)
     with alone(data_dir, wait=True):
@@ -327,7 +328,7 @@ def chunk_of_features(record: dict, chunk: int, pool: Int[np.ndarray, " P"], cou
 class _Dataset(tfds.core.GeneratorBasedBuilder):
     """Makes the records; scenes that are done wait in `unfinished` until all are, for a killed run to go on."""
 
-    VERSION = tfds.core.Version("3.0.0")
+    VERSION = tfds.core.Version("3.1.0")
 
     def __init__(self, config: ml_collections.ConfigDict, settings: dict, data_dir: Path, unfinished: Path):
         self.name = config.data.name
@@ -336,7 +337,7 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         splits = _named(DATASETS, "data.name", config.data.name)(config)
         self._readers = {split: look_for_scenes() for split, look_for_scenes in splits.items()}
         if both := self._readers.get("train", {}).keys() & self._readers.get("val", {}).keys():
-            logging.warning("scored and trained on: %d scenes, such as '%s'", len(both), min(both))
+            logging.warning("both scored and trained on: '%s' (%d such scenes)", min(both), len(both))
         self._teacher = make_teacher(config)
         super().__init__(data_dir=data_dir, file_format="array_record")
 

@@ -33,7 +33,7 @@ def distinct_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
 def box(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "2 3"]:
     """Lowest and highest corner of a scan without strays, such as mirrors make: far outside what holds 99 of 100."""
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
-    margin = max(0.25 * (high - low).max(), 0.1)
+    margin = np.maximum(0.25 * (high - low), 0.5)
     inside = points[((points >= low - margin) & (points <= high + margin)).all(axis=1)]
     return np.stack([inside.min(axis=0), inside.max(axis=0)])
 

@@ -18,9 +18,9 @@ from ggsd_jax.lock import alone
 MODES = ["all", "prepare", "train", "eval"]
 
 # how the work is done, which leaves what is learned as it is
-_MEANS = {"log_every", "checkpoint_every", "cpu_devices", "model.remat", "data.workers", "data.prepare_workers"}
+_MEANS = {"log_every", "checkpoint_every", "model.remat", "data.workers", "data.prepare_workers"}
 # what may differ between runs that share a stage 1, beside eval.*
-_NOT_STAGE_1 = _MEANS | {"stage1_from", "data.prepared"}
+_NOT_STAGE_1 = _MEANS | {"stage1_from", "data.prepared", "cpu_devices"}
 _NOT_STAGE_1 |= {"loss.self_weight", "loss.temperature", "loss.label_source", "loss.voting"}
 
 

@@ -175,7 +175,7 @@ def sample(count: int, limit: int) -> Int[np.ndarray, " S"]:
 
 
 def viewpoint(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, " 3"]:
-    """Where a camera sees all of a scan that is centred on the origin, but for strays, from above."""
+    """Where a camera sees, from above, all of a scan centred on the origin except strays."""
     return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(render.box(points), axis=0))), 1.0)
 
 

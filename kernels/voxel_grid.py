@@ -90,7 +90,7 @@ class Pyramid:
         for spread in range(len(_ROOMS)):
             if (_rows(self.bucket, spread, len(rows)), _stem_shape(self.bucket, spread)) == (rows, stem):
                 return spread
-        raise ValueError(f"no spread has levels of {rows} rows and a stem of {stem} pairs")
+        raise ValueError(f"no spread has levels of {rows} rows and a stem of shape {stem}")
 
     def mask(self, level: int) -> Bool[Any, " V"]:
         """True for the valid rows of a level."""
@@ -193,6 +193,8 @@ def _sorted_level(coords: np.ndarray, tensor_stride: int) -> _Level:
             row = int(bad.reshape(len(coords), -1).any(1).argmax())
             raise ValueError(f"coords row {row} is {coords[row].tolist()}: expected {expected}")
 
+    if coords.dtype.itemsize < 4:
+        coords = coords.astype(np.int32)
     batch, xyz, limit = coords[:, 0], coords[:, 1:], tensor_stride * COORDINATE_LIMIT
     refuse((batch < 0) | (batch >= BATCH_LIMIT), f"a batch index in 0..{BATCH_LIMIT - 1}")
     refuse((xyz < -limit) | (xyz >= limit), f"x, y, z in [{-limit}, {limit}); centre the cloud or take larger voxels")

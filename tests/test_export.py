@@ -124,6 +124,7 @@ def test_a_file_of_embeddings_goes_along(model_dir, points, tmp_path):
     np.savez(tmp_path / "words.npz", embedding=model.embed(["wall", "lamp"]), names=np.array(["wall", "lamp"]))
     info = model.info | {"text_encoder": str(tmp_path / "words.npz"), "classes": ["wall", "lamp"]}
     export.write(tmp_path / "out", inference.Model(model.variables, info), ())
+    assert str(tmp_path) not in (tmp_path / "out" / "MODEL_CARD.md").read_text()
     (tmp_path / "words.npz").unlink()
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     np.testing.assert_array_equal(inference.load(moved).segment(points)[0], model.segment(points, ["wall", "lamp"])[0])

@@ -129,7 +129,7 @@ def test_preparing_again_reads_and_writes_nothing(prepared, monkeypatch):
 
 def test_nothing_but_the_dataset_is_left(prepared):
     assert {f.name for f in prepared.iterdir()} == {"synthetic", ".lock"}
-    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"3.0.0"}
+    assert {f.name for f in (prepared / "synthetic").iterdir()} == {"3.1.0"}
 
 
 @settings(max_examples=20, deadline=None)
@@ -491,8 +491,8 @@ def test_a_split_without_a_label_of_the_set_is_refused(tmp_path, monkeypatch):
 def test_scenes_without_superpoints_and_in_both_splits_are_told(tmp_path, tiny_rooms, monkeypatch, caplog):
     monkeypatch.setattr(datasets, "room_seeds", lambda split, count: range(count))
     prepare.prepare(make_config(**{"superpoints.seed_resolution": 50.0}), tmp_path)
-    assert "of 1" not in caplog.text and "points are in a superpoint; are its points" in caplog.text
-    assert "scored and trained on: 1 scenes, such as 'room 0'" in caplog.text
+    assert "0 of 2001 points are in a superpoint; are its points" in caplog.text
+    assert "both scored and trained on: 'room 0' (1 such scenes)" in caplog.text
     assert "in a superpoint 0.0%" in prepare.report_text(prepare.load_report(tmp_path))
 
 

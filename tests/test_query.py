@@ -115,6 +115,21 @@ def test_a_scan_in_other_units_is_questioned_and_converted(tmp_path, unit, facto
     assert query.read_scene(tmp_path / "room.npz", "m").points.max() > 100
 
 
+def test_a_word_said_twice_is_one_and_words_may_stand_anywhere(model_dir, folder, tmp_path):
+    ask(model_dir, "chair", f"--scene={folder / 'a.ply'}", f"--out={tmp_path}", "lamp", " chair")
+    assert list(np.load(tmp_path / "a.npz")["words"]) == ["chair", "lamp"]
+
+
+def test_a_link_to_itself_is_one_broken_scan_among_others(model_dir, folder, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.ply").symlink_to(folder / "a.ply")
+    (scans / "loop.ply").symlink_to(scans / "loop.ply")
+    with pytest.raises(SystemExit, match="(?s)1 of 2 scans left out:.*loop.ply"):
+        ask(model_dir, f"--scene={scans}", "chair", f"--out={tmp_path / 'out'}")
+    assert "a: 900 points" in capsys.readouterr().out
+
+
 def test_labels_that_are_no_classes_do_not_matter(tmp_path):
     header = "VERSION .7\nFIELDS x y z label\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 2\nHEIGHT 1\nPOINTS 2\n"
     (tmp_path / "b.pcd").write_text(header + "DATA ascii\n0 0 0 1000\n1 1 1 0\n")

@@ -98,8 +98,9 @@ def _check_map(kernel_map: KernelMap) -> None:
             f"kernel_map has arrays of shape {', '.join(str(np.shape(a)) for a in arrays)}: expected (T, tile), "
             "(T, tile), (T,) and (); where maps are stacked over devices, take this one's"
         )
-    if any(a.dtype != np.int32 for a in arrays):
-        raise ValueError(f"kernel_map has arrays of {', '.join(str(a.dtype) for a in arrays)}: expected int32")
+    dtypes = [jnp.result_type(a) for a in arrays]
+    if any(dtype != np.int32 for dtype in dtypes):
+        raise ValueError(f"kernel_map has arrays of {', '.join(map(str, dtypes))}: expected int32")
 
 
 def _check(epilogue: Epilogue, rows: int, channels: int) -> None:
