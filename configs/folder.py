@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8
     config.stage1_epochs = 70
     config.stage2_epochs = 30
-    config.cpu_devices = 1  # replicas where there is no accelerator
+    config.cpu_devices = 1  # replicas when run on a CPU
     config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
     config.log_every = 50
     config.checkpoint_every = 1000
@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "folder"
     config.data.root = ""
     config.data.lists = ""  # folder of val.txt, if there is one; default: data.root
-    config.data.scale = 0.0  # metres per unit of clouds and poses; 0: metres, unless a cloud's size says otherwise
+    config.data.scale = 0.0  # metres per unit of clouds and poses; 0: metres; implausible sizes are refused
     config.data.depth_units = 1000.0  # units of the depth images in a metre
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.label_set = "nyu40"  # words for the loss; ask for any others later
@@ -78,8 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.arch = "MinkUNet18A"
     config.model.width = 1.0
-    config.model.dtype = "float32"  # or bfloat16: of the arithmetic; parameters, statistics and losses are float32
-    config.model.remat = 0  # levels, from the finest, whose blocks are computed again backwards: saves memory
+    config.model.dtype = "float32"  # or bfloat16, for arithmetic only; parameters, statistics and losses are float32
+    config.model.remat = 0  # number of finest levels recomputed in the backward pass: saves memory
 
     config.loss = ml_collections.ConfigDict()
     config.loss.distill_weight = 1.0

@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.stage1_epochs = 70
     config.stage2_epochs = 30
-    config.cpu_devices = 1  # replicas where there is no accelerator
+    config.cpu_devices = 1  # replicas when run on a CPU
     config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
     config.log_every = 50
     config.checkpoint_every = 1000
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.version = "v1.0-trainval"  # folder of the tables in data.root
     config.data.prepared = ""  # folder of the prepared dataset; default: data/ in the work directory
     config.data.lists = ""  # folder of train.txt and val.txt; default: data.root
-    config.data.sweeps = 8  # of 20 a second, the keyframe's among them: what OpenScene's clouds hold
+    config.data.sweeps = 8  # at 20 a second, including the keyframe's: what OpenScene's clouds hold
     config.data.features = ""  # with data.name=openscene, the folder of its fused features
     config.data.label_set = "nuscenes16"
     config.data.voxel_size = 0.05  # metres
@@ -88,8 +88,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.arch = "MinkUNet18A"
     config.model.width = 1.0
-    config.model.dtype = "float32"  # or bfloat16: of the arithmetic; parameters, statistics and losses are float32
-    config.model.remat = 0  # levels, from the finest, whose blocks are computed again backwards: saves memory
+    config.model.dtype = "float32"  # or bfloat16, for arithmetic only; parameters, statistics and losses are float32
+    config.model.remat = 0  # number of finest levels recomputed in the backward pass: saves memory
 
     config.loss = ml_collections.ConfigDict()
     config.loss.distill_weight = 1.0

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8
     config.stage1_epochs = 70
     config.stage2_epochs = 30
-    config.cpu_devices = 1  # replicas where there is no accelerator
+    config.cpu_devices = 1  # replicas when run on a CPU
     config.stage1_from = ""  # work directory of a run with the same stage 1, to start from its end
     config.log_every = 50
     config.checkpoint_every = 1000
@@ -62,8 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.arch = "MinkUNet18A"
     config.model.width = 1.0
-    config.model.dtype = "float32"  # or bfloat16: of the arithmetic; parameters, statistics and losses are float32
-    config.model.remat = 0  # levels, from the finest, whose blocks are computed again backwards: saves memory
+    config.model.dtype = "float32"  # or bfloat16, for arithmetic only; parameters, statistics and losses are float32
+    config.model.remat = 0  # number of finest levels recomputed in the backward pass: saves memory
 
     config.loss = ml_collections.ConfigDict()
     config.loss.distill_weight = 1.0

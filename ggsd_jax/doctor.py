@@ -1,7 +1,7 @@
-"""Looks over the machine, and whatever it is pointed to, and says what to do about each line that is not well.
+"""Checks the machine and the paths it is given, and says how to fix each problem.
 
   python -m ggsd_jax.doctor
-  python -m ggsd_jax.doctor out/demo room.ply /data/scannet clip_scannet20.npz scannet_openseg.pth.tar
+  python -m ggsd_jax.doctor out/demo room.ply /data/scannet /data/clip scannet_openseg.pth.tar
 
 A path may be a model, a run, a scan or a folder of scans, a data set (ScanNet, Matterport3D, nuScenes, SemanticKITTI,
 Replica, OpenScene's clouds or features, a folder of your own), a text encoder, LSeg's or an OpenScene checkpoint. The

@@ -1,17 +1,17 @@
-"""Writes a trained network as a folder to take along: weights, all it takes to use them, and a model card.
+"""Writes a trained network as a folder to take along: weights, what it takes to use them, and a model card.
 
-  python -m ggsd_jax.export --model=out/demo                   writes out/export/demo
+  python -m ggsd_jax.export --model=out/demo                   # writes out/export/demo
   python -m ggsd_jax.export --model=out/demo shipped/demo
-  python -m ggsd_jax.export --openscene=scannet_openseg.pth.tar --text_encoder=clip_vitl14_336.npz shipped/openscene
+  python -m ggsd_jax.export --openscene=scannet_openseg.pth.tar --text_encoder=/data/clip-vit-large-patch14-336
 
   model.json, variables/       what ggsd_jax.inference.load takes: parameters only (Orbax), architecture, voxel size,
-                               labels, text encoder (a file of embeddings is copied along)
+                               labels, text encoder (a file of embeddings is copied along, a CLIP folder is not)
   MODEL_CARD.md                the data it learned from and its licence, the protocol, the numbers
   config.json, results.json    of the run
   functions/                   one jax.export program per bucket of voxels, and weights.npz: for use without this code
 
-The voxel size, labels and data of an OpenScene checkpoint are known from the names it is published under (scannet_lseg,
-matterport_openseg, ...); state them for one of another name.
+The voxel size, labels and data of an OpenScene checkpoint are taken from its file name (scannet_lseg,
+matterport_openseg, ...); give them if yours is renamed.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def model_card(name: str, model: inference.Model, results: dict | None, buckets:
         "",
         f"A sparse 3D U-Net ({info['arch']}, {parameters:,} numbers) that maps each point of a scan to "
         f"{net.out_channels} channels in the space of a text encoder: cosine similarity to a word's embedding says how "
-        "much the point is that.",
+        "well the word fits the point.",
         "",
         "| | |",
         "| --- | --- |",
@@ -184,7 +184,7 @@ def model_card(name: str, model: inference.Model, results: dict | None, buckets:
         "",
     ]
     if results is None:
-        lines += ["None were measured with this export."]
+        lines += ["None were measured."]
     else:
         protocol = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in results["protocol"].items())
         lines += [
@@ -194,7 +194,7 @@ def model_card(name: str, model: inference.Model, results: dict | None, buckets:
             "| --- | --- | --- |",
         ]
         lines += [f"| {row} | {100 * v['miou']:.1f} | {100 * v['macc']:.1f} |" for row, v in results["rows"].items()]
-        lines += ["", "The network in this folder is `stage2`."]
+        lines += ["", "The network in this folder is the row `stage2`."]
     if source["teacher"] == "simulated":
         lines += ["", "The 2D teacher was simulated: nothing here is measured on real images."]
     coloured = info["input_color"]
@@ -227,8 +227,8 @@ feats[: len(voxels)] = {feats}
 features = np.asarray(program.call(weights, coords, np.int32(len(voxels)), feats))[of_point.ravel()]
 ```
 
-More voxels than the bucket has rows are an error of shapes: take the next bucket. NaN means that coarser levels did not
-fit (the next bucket, too), or that the cloud spans over a million voxels along an axis (crop it).
+More voxels than rows are an error of shapes: take a larger bucket, or export with larger `--buckets`. NaN: coarser
+levels did not fit (a larger bucket, too), or the cloud spans over a million voxels along an axis (crop it).
 """
 
 
@@ -280,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", nargs="?", help="the folder to write (out/export/NAME of what is exported)")
     add("--text_encoder", help="of an OpenScene checkpoint: CLIP's folder, or an .npz of embeddings")
-    add("--voxel_size", type=float, help="metres; of an OpenScene checkpoint of another name")
-    add("--label_set", help="the same; a name of data/labels.py or a .txt file")
+    add("--voxel_size", type=float, help="metres; for a renamed OpenScene checkpoint")
+    add("--label_set", help="likewise; a name of data/labels.py or a .txt file")
     add("--buckets", type=int, nargs="+", default=list(BUCKETS), help="voxels per program (%(default)s)")
     return parser
 

@@ -32,8 +32,10 @@ from ggsd_jax.metric_log import NonFiniteError
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, one of configs/*.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for everything this run writes; give it again to go on.")
-flags.DEFINE_enum("mode", "all", run.MODES, "The part to do; `all` does what is missing.")
-flags.DEFINE_boolean("profile", False, "Write a trace of some training steps to WORKDIR/profile.")
+flags.DEFINE_enum(
+    "mode", "all", run.MODES, "The part to do; `all` does what is missing. (Training with labels: --config.mode.)"
+)
+flags.DEFINE_boolean("profile", False, "Write a trace of five training steps to WORKDIR/profile.")
 flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in ~/.cache/ggsd_jax/xla for later runs.")
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where a run has several processes.")
 flags.DEFINE_integer("num_processes", None, "How many processes the run has.")

@@ -1,16 +1,16 @@
-"""Asks scans for anything in words, or labels all of their points; prints, paints and stores the answer.
+"""Finds what you name in scans, or labels all their points; prints and saves the result.
 
   python -m ggsd_jax.query --model=out/demo --scene=room.ply "chair" "soft seat"
-  python -m ggsd_jax.query --model=out/demo --scene=scans/ "bathtub"             which room has one?
+  python -m ggsd_jax.query --model=out/demo --scene=scans/ "bathtub"       # which room has one?
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
-  python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       or --labels=words.txt
+  python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       # or --labels=words.txt
 
 A scan is a .ply, .pcd, .npz or .xyz file (data/folder.py) in metres, z up; it needs no images, labels or colours. Of
 each scan the folder --out then holds a coloured PLY, the scores (.npz) and a picture (PNG).
 
 A score is between 0 and 1, and over 0.5 where a point is nearer to the words than to "anything" (the mean of the
-classes the network was trained for) and to the words of --without. Regions are ordered by their area times how far
-their mean score is over the threshold, scenes by their best region.
+classes the network was trained for) and to the words of --without. Regions are ordered by area times (mean score -
+threshold), scenes by their best region. Points without a finite x, y, z are left out of the answer.
 """
 
 import argparse
@@ -336,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     add("words", nargs="*", metavar="WORDS", help="what to look for; quote each query")
     add("--model", required=True, type=Path, help="work directory of a run, or an exported model")
     add("--scene", required=True, action="append", help="a scan, or a folder of scans; can be repeated")
-    add("--without", action="append", default=[], metavar="WORDS", help="what is not meant; can be repeated")
+    add("--without", action="append", default=[], metavar="WORDS", help="words to tell it apart from; can be repeated")
     add("--labels", help=f"label every point: {sets}, or a .txt file with a label per line")
     add("--threshold", type=float, default=THRESHOLD, help="score over which a point is found (%(default)s)")
     add("--top", type=int, default=5, help="regions and scenes to list (%(default)s)")

@@ -6,6 +6,7 @@
 prints the address of a page (on this machine only, unless --host says otherwise; whoever reaches the page can look at
 the scans and download them). A scan is a .ply, .pcd, .npz or .xyz file in metres, z up; an .npz that has
 superpoints, 2D features or labels (data/scene.py) can be seen by those too. Needs viser: pip install viser==1.1.1
+(make setup does).
 """
 
 import argparse
