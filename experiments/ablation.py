@@ -72,9 +72,9 @@ def _report(name: str, title: str, rows: list, results: dict, protocol: dict, sh
     for row, label, paper in rows:
         miou = np.array([100 * r["miou"] for r in results[row]])
         macc = np.mean([100 * r["macc"] for r in results[row]])
-        spread = miou.std(ddof=1) if seeds > 1 else float("nan")
+        spread = f" ± {miou.std(ddof=1):.1f}" if seeds > 1 else ""
         each = ", ".join(f"{value:.1f}" for value in miou)
-        lines.append(f"| {label} | {miou.mean():.1f} ± {spread:.1f} | {each} | {macc:.1f} | {paper} |")
+        lines.append(f"| {label} | {miou.mean():.1f}{spread} | {each} | {macc:.1f} | {paper} |")
     steps = []
     for (lower, a, _), (upper, b, _) in zip(rows, rows[1:], strict=False):
         gains = [100 * (y["miou"] - x["miou"]) for x, y in zip(results[lower], results[upper], strict=True)]

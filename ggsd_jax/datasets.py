@@ -6,8 +6,6 @@ Nothing here needs JAX: scenes are read and cut into superpoints in worker proce
 import dataclasses
 import functools
 import multiprocessing
-import os
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +22,7 @@ from data.scene import Scene, View
 from data.superpoints import vccs
 from data.synthetic import generate_room, room_seeds
 from data.virtual_camera import look_around_views
+from ggsd_jax.workers import end_with_parent
 
 
 class RawScene(NamedTuple):
@@ -76,7 +75,7 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
         yield from map(function, items)
         return
     spawn = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, spawn, initializer=end_with_parent)
     try:
         ahead = deque()
         for item in items:
@@ -87,16 +86,6 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Lets a worker end where its parent is killed, instead of waiting for work for ever."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------- the data sets

@@ -24,6 +24,7 @@ PYTHONS = ((3, 11), (3, 13))
 PALLAS_CAPABILITY = 8.0  # NVIDIA Ampere: what Triton's kernels are written for
 ROOM, GOOD_ROOM = 1, 20  # GB of disk: a demo run; a prepared data set
 MEMORY = 4  # GB: training the demo
+SHARED_MEMORY = 1  # GB: batches of worker processes
 
 
 class Check(NamedTuple):
@@ -155,6 +156,14 @@ def memory(size: float | None = None) -> Check:
     if size < MEMORY:
         return Check("note", f"{size:.0f} GB of memory", "lower batch_size and data.max_voxels")
     return Check("ok", f"{size:.0f} GB of memory")
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+    """Whether worker processes can hand their batches over."""
+    if not folder.is_dir() or shutil.disk_usage(folder).total >= SHARED_MEMORY * 1e9:
+        return Check("ok", "shared memory for data.workers")
+    what = f"{shutil.disk_usage(folder).total / 1e6:.0f} MB of shared memory ({folder})"
+    return Check("note", what, "data.workers need more; in a container docker run --shm-size=8g")
 
 
 class Kind(NamedTuple):
@@ -385,6 +394,7 @@ def examine(paths: list[Path]) -> Iterator[Check]:
     yield viewer()
     yield from devices()
     yield memory()
+    yield shared_memory()
     yield disk()
     yield writable(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "ggsd_jax" / "xla")))
     for given in paths:

@@ -1,8 +1,8 @@
 """Points in, per-point features out; words in, scores out: what a trained model is for."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def input_features(
     return colors[voxels.first].astype(np.float32) / 127.5 - 1.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A trained network with all it takes to use it; made by `load`.
 
@@ -105,7 +105,7 @@ class Model:
     and its result a call takes up to 20 kB per voxel shown with MinkUNet18A and 768 channels: 4 GB for 200,000.
     """
 
-    variables: Mapping[str, Any]
+    variables: Mapping[str, Any] = dataclasses.field(repr=False)
     info: dict
     """What `model.json` says: arch, voxel_size, input_color, text_encoder, prompt, classes, what it learned from."""
     max_voxels: int = 200_000
@@ -143,6 +143,9 @@ class Model:
 
         A cloud of millions of points has gigabytes of features; what they say about a few words is small.
         """
+        embedding = np.asarray(embedding, np.float32)
+        if embedding.ndim != 2 or embedding.shape[1] != self._channels:
+            raise ValueError(f"embedding has shape {list(embedding.shape)}: expected [L, {self._channels}]")
         return self._per_point([points], [colors], lambda features: unit(features) @ embedding.T)[0]
 
     def segment(
@@ -191,23 +194,26 @@ class Model:
             ValueError: the encoder's rows are of another width than the network's features.
         """
         encoder = self.info["text_encoder"]
-        rows = text.embed(list(words), encoder=encoder, prompt=self.info["prompt"])
-        channels = self.variables["params"]["final"]["kernel"].shape[-1]
-        if rows.shape[1] != channels:
+        rows = text.embed(_listed("words", words), encoder=encoder, prompt=self.info["prompt"])
+        if rows.shape[1] != self._channels:
             raise ValueError(
-                f"the text encoder {encoder} has {rows.shape[1]} channels and the network {channels}: "
+                f"the text encoder {encoder} has {rows.shape[1]} channels and the network {self._channels}: "
                 "set text_encoder in model.json to the one it learned from"
             )
         return rows
 
     def without_meaning(self, words: Sequence[str]) -> list[str]:
         """Those of some words that the text encoder knows nothing of; the demo's is a short table of concepts."""
-        return text.without_meaning(words, self.info["text_encoder"])
+        return text.without_meaning(_listed("words", words), self.info["text_encoder"])
 
     def contrast(self, negatives: Sequence[str] = ()) -> Float32[np.ndarray, "_ C"]:
         """What a query has to beat: "anything" (the mean of the classes of training), then the negatives."""
         anything = unit(self.embed(self.info["classes"]).mean(axis=0, keepdims=True))
-        return np.concatenate([anything, self.embed(negatives)]) if negatives else anything
+        return np.concatenate([anything, self.embed(negatives)]) if len(negatives) else anything
+
+    @property
+    def _channels(self) -> int:
+        return self.variables["params"]["final"]["kernel"].shape[-1]
 
     def voxel_features(
         self, points: Float[np.ndarray, "N 3"], colors: UInt8[np.ndarray, "N 3"] | None = None
@@ -224,10 +230,15 @@ class Model:
         self, clouds: Sequence, colors: Sequence | None, of_features: Callable
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """`of_features` of the features [v, C] of some voxels, for all of every cloud, and the voxel of each point."""
-        colors = [None] * len(clouds) if colors is None else colors
+        clouds = [np.asarray(points) for points in clouds]
+        colors = [
+            None if rgb is None else np.asarray(rgb) for rgb in ([None] * len(clouds) if colors is None else colors)
+        ]
+        if len(colors) != len(clouds):
+            raise ValueError(f"colors are those of {len(colors)} clouds, and there are {len(clouds)}")
         for points, rgb in zip(clouds, colors, strict=True):
-            if np.ndim(points) != 2 or np.shape(points)[1] != 3:
-                raise ValueError(f"points has shape {list(np.shape(points))}: expected [N, 3], metres")
+            if points.ndim != 2 or points.shape[1] != 3:
+                raise ValueError(f"points has shape {list(points.shape)}: expected [N, 3], metres")
             if rgb is not None and (rgb.dtype != np.uint8 or rgb.shape != points.shape):
                 raise ValueError(f"colors is {rgb.dtype} {list(rgb.shape)}: expected uint8 {list(points.shape)}")
         voxels = [voxelize(points, self.info["voxel_size"]) for points in clouds]
@@ -330,7 +341,9 @@ def _listed(argument: str, words: Sequence[str]) -> list[str]:
         raise ValueError(f"{argument} is the text {words!r}: give a list, as [{words!r}]")
     if len(words) == 0:
         raise ValueError(f"{argument} is empty: name at least one thing to look for")
-    return [str(word) for word in words]
+    if other := [word for word in words if not isinstance(word, str)]:
+        raise ValueError(f"{argument} holds {type(other[0]).__name__}: expected texts")
+    return list(words)
 
 
 def _in_batch(coords: Int32[np.ndarray, "V 3"], index: int) -> Int32[np.ndarray, "V 4"]:

@@ -30,6 +30,7 @@ from data.labels import IGNORE
 from data.scene import Scene
 from ggsd_jax import hosts
 from ggsd_jax.inference import input_features
+from ggsd_jax.workers import end_with_parent
 from kernels.voxel_grid import Pyramid, Voxels, build_pyramid, common_spread, next_bucket, repad, voxelize
 
 _MAX_SHIFT = 100  # voxels, as OpenScene; every alignment to the coarsest grid is seen
@@ -333,10 +334,22 @@ def train_iterator(
     if config.data.workers:
         if not flags.FLAGS.is_parsed():  # as in a notebook; grain's worker processes read absl flags
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
-        )
+        options = grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
+        return _with_reason(iter(iterable.mp_prefetch(options, end_with_parent)))
     return iter(iterable)
+
+
+def _with_reason(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, but says why a worker may have died."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise OSError(
+            "a process of data.workers died: memory, or shared memory (/dev/shm), is full. Take fewer, or give more; "
+            f"in a container docker run --shm-size=8g ({error})"
+        ) from error
 
 
 def on_devices(batches: Iterator[Batch], config: ml_collections.ConfigDict, num_replicas: int) -> Iterator[Batch]:

@@ -46,10 +46,11 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
     results_file = workdir / "results.json"
     complete, *_ = hosts.gather(results_file.exists())
     if mode == "all" and complete:
-        results = json.loads(results_file.read_text())
+        results = _read_json(results_file)
         if hosts.is_first():
             print(f"{workdir} is complete:\n\n{evaluate.table(results)}")
         return results
+    trained, *_ = hosts.gather((workdir / "model").exists())
     if mode in ("all", "train"):
         _check_stage1_from(config)
     data_dir = Path(config.data.prepared or workdir / "data")
@@ -58,7 +59,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
             if hosts.is_first():
                 prepare.prepare(config, data_dir)
     prepare.is_prepared(config, data_dir)  # and fits the configuration; without it, training says what to do
-    if mode in ("all", "train"):
+    if mode in ("all", "train") and not trained:
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
     if mode == "all" and "val" not in prepare.load_report(data_dir):
@@ -67,7 +68,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
     elif mode in ("all", "eval"):
         with _timed(workdir, "eval"):
             results = evaluate.evaluate(config, workdir, data_dir)
-        results["seconds"] = json.loads((workdir / "seconds.json").read_text())
+        results["seconds"] = _read_json(workdir / "seconds.json")
         if hosts.is_first():
             write_json(results_file, results)
             print(f"\n{evaluate.table(results)}\n\nwritten: {results_file}")
@@ -85,6 +86,13 @@ def write_json(path: Path, value: object) -> None:
     """Writes whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode())
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it") from error
 
 
 @contextlib.contextmanager
@@ -111,6 +119,8 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json_best_effort())
+    if any(other != mine for other in hosts.gather(mine)):
+        raise ValueError("the processes of this run have different configurations: start all with the same command")
     states = [state for state in (workdir / "checkpoints").glob("*") if state.name.isdigit()]
     begun = path.exists() and (states or any((workdir / name).exists() for name in ("stage1", "model", "results.json")))
     if hosts.is_first() and not begun:
@@ -120,7 +130,7 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         except OSError as error:
             raise type(error)(f"{workdir}: cannot be written to ({error}); give another --workdir") from error
     hosts.wait()
-    changed = differences(json.loads(path.read_text()), mine)
+    changed = differences(_read_json(path), mine)
     trained = (workdir / "model").exists()
     for field, values in changed.items():
         if not (field.startswith("eval.") or field in _MEANS or (trained and field == "data.max_voxels")):
@@ -143,7 +153,7 @@ def _check_stage1_from(config: ml_collections.ConfigDict) -> None:
     path = Path(config.stage1_from) / "config.json"
     if not path.is_file():
         raise ValueError(f"stage1_from: {path.parent} is no work directory of a run: it has no config.json")
-    for field, values in differences(json.loads(path.read_text()), json.loads(config.to_json_best_effort())).items():
+    for field, values in differences(_read_json(path), json.loads(config.to_json_best_effort())).items():
         if not field.startswith("eval.") and field not in _NOT_STAGE_1:
             raise ValueError(
                 f"stage1_from: {path} has {field} {values[0]!r}, here it is {values[1]!r}: another stage 1. Name a run "
@@ -192,7 +202,7 @@ class _timed:
     def __exit__(self, *failure):
         failed = any(failure)
         if hosts.is_first():
-            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+            seconds = _read_json(self.path) if self.path.exists() else {}
             before = 0.0 if self.part == "eval" else seconds.get(self.part, 0.0)
             seconds[self.part] = round(before + time.monotonic() - self.start, 1)
             try:

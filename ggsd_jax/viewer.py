@@ -81,9 +81,9 @@ class Answers:
         contrast = np.concatenate([self._anything, similarity[:, 1:]], axis=1)
         return relevancy(similarity[:, :1], contrast)[self._voxel, 0]
 
-    def knows_nothing_of(self, words: str) -> bool:
-        """Whether the text encoder knows no word of a query."""
-        return bool(self.model.without_meaning([words]))
+    def knows_nothing_of(self, words: Sequence[str]) -> list[str]:
+        """Those of which the text encoder knows no word."""
+        return self.model.without_meaning(words)
 
     def similar(self, point: int) -> Float32[np.ndarray, " N"]:
         """Score of each point for what a point is: over 1/2 where it is nearer to that point than to "anything"."""
@@ -107,8 +107,9 @@ class Answers:
         if mode == HEAT:
             if scores is None:
                 return self._grey, {}
-            ends = render.heat(np.array([0.0, 1.0]))
-            legend = {f"score {threshold:.2f}": ends[0], f"score {max(float(scores.max()), threshold):.2f}": ends[1]}
+            low, high = render.heat(np.array([0.0, 1.0]))
+            best = float(scores.max())
+            legend = {f"score {threshold:.2f}": low, f"score {best:.2f}": high} if best > threshold else {}
             return query.heat_map(scores, threshold, self._grey), legend
         if mode == COLOUR:
             return scene.colors, {}
@@ -120,9 +121,9 @@ class Answers:
             truth = self._truth()
             colors = np.where((self.predicted == truth)[:, None], np.uint8(_RIGHT), np.uint8(_WRONG))
             legend = {"as labelled": _RIGHT, "otherwise": _WRONG, "not labelled": _UNKNOWN}
-            return np.where((truth == IGNORE)[:, None], np.uint8(_UNKNOWN), colors), legend
+            return np.where((truth < 0)[:, None], np.uint8(_UNKNOWN), colors), legend
         ids = {SEGMENTATION: lambda: self.predicted, FUSION: lambda: self._fused, TRUTH: self._truth}[mode]()
-        counts = np.bincount(ids[ids < len(palette)], minlength=len(palette))
+        counts = np.bincount(ids[ids >= 0], minlength=len(palette))
         seen = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
         legend = {f"{self.labels.classes[i]} {counts[i] / len(ids):.1%}": palette[i] for i in seen}
         return self.labels.colorize(ids), legend
@@ -135,15 +136,15 @@ class Answers:
             return (Path(folder) / "scan.ply").read_bytes()
 
     def _truth(self) -> Int[np.ndarray, " N"] | None:
-        """Labels of the scan, if they can be of the label set that is looked at."""
-        labels = self.scene.labels
-        if labels is None or labels[labels != IGNORE].max(initial=0) >= len(self.labels.classes):
+        """Labels of the scan, -1 where there is none, if they can be of the label set that is looked at."""
+        if self.scene.labels is None:
             return None
-        return labels
+        labels = np.where(self.scene.labels == IGNORE, -1, self.scene.labels)
+        return labels if labels.max() < len(self.labels.classes) else None
 
     @functools.cached_property
     def _fused(self) -> Int[np.ndarray, " N"]:
-        ids = np.full(len(self.scene.points), IGNORE)
+        ids = np.full(len(self.scene.points), -1)
         ids[self.scene.feature_index] = (self.scene.features.astype(np.float32) @ self._classes.T).argmax(axis=1)
         return ids
 
@@ -198,7 +199,7 @@ class Page:
         self.asked = self.note = ""  # what the scores are of, and what to say about it
         gui = client.gui
         self.scan = gui.add_dropdown("Scan", tuple(names), initial_value=first)
-        self.words = gui.add_text("Find", "", hint="any words, then Enter")
+        self.words = gui.add_text("Find", "", hint="any words")
         self.without = gui.add_text("Without", "", hint="what is not meant, separated by commas")
         self.threshold = gui.add_slider("Threshold", 0.0, 1.0, 0.01, query.THRESHOLD)
         self.mode = gui.add_dropdown("Show", (SEGMENTATION,), initial_value=SEGMENTATION)
@@ -277,8 +278,9 @@ class Page:
 
     def ask(self, _: Any) -> None:
         words = clean(self.words.value)
-        without = [clean(part) for part in self.without.value[: MAX_WITHOUT * MAX_QUERY].split(",")][:MAX_WITHOUT]
-        if words != self.words.value:
+        parts = [clean(part) for part in self.without.value[: MAX_WITHOUT * MAX_QUERY].split(",")]
+        without = list(dict.fromkeys(filter(None, parts)))
+        if words != " ".join(self.words.value.split()):  # a space that was typed stays, more words follow it
             self.words.value = words
         if not words:
             if self.asked:  # and not a click, which stands
@@ -288,10 +290,12 @@ class Page:
             return
         self._mark(None)
         start = time.perf_counter()
-        self.scores = self.answers.ask(words, [part for part in without if part])
-        took = 1000 * (time.perf_counter() - start)
-        unknown = ". This model's stand-in for CLIP knows no word of it" if self.answers.knows_nothing_of(words) else ""
-        self.asked, self.note = words, f"({took:.0f} ms){unknown}"
+        self.scores = self.answers.ask(words, without[:MAX_WITHOUT])
+        self.asked, self.note = words, f"({1000 * (time.perf_counter() - start):.0f} ms)"
+        if unknown := self.answers.knows_nothing_of([words, *without[:MAX_WITHOUT]]):
+            self.note += f". This model's stand-in for CLIP knows no word of {', '.join(map(repr, unknown))}"
+        if len(without) > MAX_WITHOUT:
+            self.note += f". Only the first {MAX_WITHOUT} of Without are used"
         self._say_found()
         self._show(HEAT)
 

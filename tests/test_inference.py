@@ -142,6 +142,14 @@ def test_negatives_lower_scores_and_never_raise_them(model):
     [
         (lambda m: m.encode(np.zeros((0, 3), np.float32)), "points has no rows"),
         (lambda m: m.query(room(0), [" "]), "not empty"),
+        (lambda m: m.embed("chair"), "words is the text 'chair': give a list"),
+        (lambda m: m.contrast("bed"), "words is the text 'bed'"),
+        (lambda m: m.without_meaning("chair"), "words is the text 'chair'"),
+        (
+            lambda m: m.similarity(room(0), np.ones((2, 7), np.float32)),
+            r"embedding has shape \[2, 7\]: expected \[L, 32\]",
+        ),
+        (lambda m: m.encode_scenes([room(0), room(1)], [None]), "colors are those of 1 clouds, and there are 2"),
         (lambda model: model.segment(room(0), "chair"), "labels is the text 'chair': give a list"),
         (lambda model: model.query(room(0), "chair"), "words is the text 'chair': give a list"),
         (lambda model: model.query(room(0), ["chair"], "stool"), "negatives is the text 'stool': give a list"),
@@ -155,6 +163,10 @@ def test_negatives_lower_scores_and_never_raise_them(model):
 def test_what_a_model_cannot_take_is_named(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_a_model_is_shown_in_a_line_and_is_only_itself(model, model_dir):
+    assert len(repr(model)) < 2000 and model != inference.load(model_dir)
 
 
 def test_words_of_an_encoder_of_another_width_are_refused(model):

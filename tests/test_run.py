@@ -68,6 +68,28 @@ def test_how_the_work_is_done_may_change_between_one_part_of_a_run_and_the_next(
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_network_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.prepare, "prepare", lambda config, data_dir: None)
+    monkeypatch.setattr(run.prepare, "load_report", lambda data_dir: {"train": {}})
+    monkeypatch.setattr(run.train, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    (tmp_path / "model").mkdir()
+    assert run.run(configs.load("synthetic"), tmp_path) is None
+
+
+def test_processes_of_different_configurations_do_not_work_as_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.hosts, "gather", lambda value: [value, {"eval": {"repeats": 1}}])
+    with pytest.raises(ValueError, match="different configurations: start all with the same command"):
+        _claim(tmp_path, configs.load("synthetic"))
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path):
+    _claim(tmp_path, configs.load("synthetic"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match="config.json: damaged .*; delete it"):
+        _claim(tmp_path, configs.load("synthetic"))
+
+
 def test_a_second_process_is_kept_out_of_a_work_directory(tmp_path):
     config = configs.load("synthetic")
     with (tmp_path / ".lock").open("w") as other:

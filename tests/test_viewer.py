@@ -15,7 +15,7 @@ from data.labels import LABEL_SETS
 from data.ply import read_ply_columns
 from data.scene import Scene
 from data.synthetic import SYNTHETIC
-from ggsd_jax import inference, viewer
+from ggsd_jax import inference, render, viewer
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,15 @@ def test_in_a_browser_a_query_paints_the_heat_map_and_a_click_names_the_point(br
     page.close()
 
 
+def test_words_that_are_typed_key_by_key_keep_the_spaces_between_them(browser, address):
+    page = open_page(browser, address)
+    field(page, "Find").click()
+    page.keyboard.type("red chair by the wall", delay=120)
+    page.get_by_text('"red chair by the wall":').wait_for(timeout=20_000)
+    assert field(page, "Find").input_value() == "red chair by the wall"
+    page.close()
+
+
 def test_hostile_input_and_two_browsers_break_nothing(browser, address):
     first, second = open_page(browser, address), open_page(browser, address)
     first.evaluate(
@@ -279,6 +288,31 @@ class Handle:
         self.act = action
 
     on_click = on_update
+
+
+def test_of_what_is_not_meant_blanks_do_not_count_and_what_is_too_much_is_said(model, scene):
+    answers = viewer.Answers(model, scene, SYNTHETIC)
+    page = viewer.Page(Client(), ["room"], "room", lambda name: answers, 100)
+    page.words.value, page.without.value = "sofa", ",, " + "lamp,lamp, " * 30 + "sofa"
+    page.ask(None)
+    assert not (page.scores > 0.5).any() and "Only the first" not in page.said.content
+    page.without.value = ",".join(f"lamp{i}" for i in range(viewer.MAX_WITHOUT + 1))
+    page.ask(None)
+    assert f"Only the first {viewer.MAX_WITHOUT} of Without are used" in page.said.content
+    assert "knows no word of" not in page.said.content or "lamp" in page.said.content
+
+
+def test_with_more_than_255_labels_points_without_one_are_none(model, scene):
+    words = tuple(f"word {i}" for i in range(300))
+    labels = viewer.LabelSet("many", words, render.distinct_colors(300))
+    given = np.full(len(scene.points), 255, np.int32)
+    given[:4] = 3
+    features, index = np.ones((2, model.embed(["chair"]).shape[1]), np.float16), np.array([0, 5], np.int32)
+    partly = dataclasses.replace(scene, labels=given, features=features, feature_index=index)
+    answers = viewer.Answers(model, partly, labels)
+    assert list(answers.paint(viewer.TRUTH, None, 0.5)[1]) == [f"word 3 {4 / len(given):.1%}"]
+    (name,) = answers.paint(viewer.FUSION, None, 0.5)[1]
+    assert name.endswith(f"{2 / len(given):.1%}")
 
 
 def test_a_scan_is_named_by_its_place_in_the_list_and_never_by_a_path(model, scene, tmp_path):
