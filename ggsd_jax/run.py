@@ -59,7 +59,9 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
             if hosts.is_first():
                 prepare.prepare(config, data_dir)
     prepare.is_prepared(config, data_dir)  # and fits the configuration; without it, training says what to do
-    if mode in ("all", "train") and not trained:
+    if mode in ("all", "train") and trained:
+        logging.info("%s is trained: model/ is there", workdir)
+    elif mode in ("all", "train"):
         with _timed(workdir, "train"):
             train.train(config, workdir, data_dir, profile=profile)
     if mode == "all" and "val" not in prepare.load_report(data_dir):
