@@ -231,9 +231,8 @@ class Model:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """`of_features` of the features [v, C] of some voxels, for all of every cloud, and the voxel of each point."""
         clouds = [np.asarray(points) for points in clouds]
-        colors = [
-            None if rgb is None else np.asarray(rgb) for rgb in ([None] * len(clouds) if colors is None else colors)
-        ]
+        colors = [None] * len(clouds) if colors is None else colors
+        colors = [None if rgb is None else np.asarray(rgb) for rgb in colors]
         if len(colors) != len(clouds):
             raise ValueError(f"colors are those of {len(colors)} clouds, and there are {len(clouds)}")
         for points, rgb in zip(clouds, colors, strict=True):

@@ -293,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out} is a file: name a folder")
     for file in files:
-        if os.path.realpath(args.out) in map(os.path.realpath, (file.parent, Path(os.path.realpath(file)).parent)):
+        if os.path.realpath(args.out) in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
     model = inference.load(args.model)

@@ -30,7 +30,7 @@ def distinct_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
     return np.round(255 * np.array(rgb).reshape(-1, 3)).astype(np.uint8)
 
 
-def box(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "2 3"]:
+def bounding_box(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "2 3"]:
     """Lowest and highest corner of a scan without strays, such as mirrors make: far outside what holds 99 of 100."""
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
     margin = np.maximum(0.25 * (high - low), 0.5)
@@ -54,7 +54,7 @@ def render(
         azimuth: viewing direction around z, radians.
         elevation: above the horizon, radians.
     """
-    low, high = box(points)
+    low, high = bounding_box(points)
     high[2] = low[2] + _OPEN_ABOVE * (high[2] - low[2])
     keep = ((points >= low) & (points <= high)).all(axis=1)
     points, colors = points[keep] - points[keep].mean(axis=0), colors[keep]

@@ -18,9 +18,9 @@ from ggsd_jax.lock import alone
 MODES = ["all", "prepare", "train", "eval"]
 
 # how the work is done, which leaves what is learned as it is
-_MEANS = {"log_every", "checkpoint_every", "model.remat", "data.workers", "data.prepare_workers"}
+_OPERATIONAL = {"log_every", "checkpoint_every", "model.remat", "data.workers", "data.prepare_workers"}
 # what may differ between runs that share a stage 1, beside eval.*
-_NOT_STAGE_1 = _MEANS | {"stage1_from", "data.prepared", "cpu_devices"}
+_NOT_STAGE_1 = _OPERATIONAL | {"stage1_from", "data.prepared", "cpu_devices"}
 _NOT_STAGE_1 |= {"loss.self_weight", "loss.temperature", "loss.label_source", "loss.voting"}
 
 
@@ -135,14 +135,14 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     changed = differences(_read_json(path), mine)
     trained = (workdir / "model").exists()
     for field, values in changed.items():
-        if not (field.startswith("eval.") or field in _MEANS or (trained and field == "data.max_voxels")):
+        if not (field.startswith("eval.") or field in _OPERATIONAL or (trained and field == "data.max_voxels")):
             raise ValueError(
                 f"{path}: {field} is {values[0]!r} there and {values[1]!r} here. A work directory belongs to one "
                 "configuration: give another --workdir, or the old value"
             )
     hosts.wait()  # until all have read it
     if changed and hosts.is_first():
-        if changed.keys() - _MEANS:
+        if changed.keys() - _OPERATIONAL:
             (workdir / "results.json").unlink(missing_ok=True)
         write_json(path, mine)
     hosts.wait()

@@ -63,7 +63,7 @@ class Answers:
     @property
     def modes(self) -> list[str]:
         """What the scan can be painted by."""
-        scene, truth = self.scene, self._truth() is not None
+        scene, truth = self.scene, self._truth is not None
         there = {
             HEAT: True,
             SEGMENTATION: True,
@@ -118,11 +118,11 @@ class Answers:
             colors = render.distinct_colors(1024)[ids % 1024]
             return np.where(ids[:, None] >= 0, colors, np.uint8(_UNKNOWN[0])), {}
         if mode == DIFFERENCE:
-            truth = self._truth()
+            truth = self._truth
             colors = np.where((self.predicted == truth)[:, None], np.uint8(_RIGHT), np.uint8(_WRONG))
             legend = {"as labelled": _RIGHT, "otherwise": _WRONG, "not labelled": _UNKNOWN}
             return np.where((truth < 0)[:, None], np.uint8(_UNKNOWN), colors), legend
-        ids = {SEGMENTATION: lambda: self.predicted, FUSION: lambda: self._fused, TRUTH: self._truth}[mode]()
+        ids = {SEGMENTATION: lambda: self.predicted, FUSION: lambda: self._fused, TRUTH: lambda: self._truth}[mode]()
         counts = np.bincount(ids[ids >= 0], minlength=len(palette))
         seen = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
         legend = {f"{self.labels.classes[i]} {counts[i] / len(ids):.1%}": palette[i] for i in seen}
@@ -135,6 +135,7 @@ class Answers:
             write_ply(Path(folder) / "scan.ply", self.scene.points, colors=colors, **fields)
             return (Path(folder) / "scan.ply").read_bytes()
 
+    @functools.cached_property
     def _truth(self) -> Int[np.ndarray, " N"] | None:
         """Labels of the scan, -1 where there is none, if they can be of the label set that is looked at."""
         if self.scene.labels is None:
@@ -178,7 +179,7 @@ def sample(count: int, limit: int) -> Int[np.ndarray, " S"]:
 
 def viewpoint(points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, " 3"]:
     """Where a camera sees, from above, all of a scan centred on the origin except strays."""
-    return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(render.box(points), axis=0))), 1.0)
+    return np.array([0.3, -0.3, 0.55]) * max(float(np.linalg.norm(np.ptp(render.bounding_box(points), axis=0))), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -253,7 +254,7 @@ class Page:
         self.answers, self.opened = answers, self.scan.value
         points, self.scores = answers.scene.points, None
         self.sent = sample(len(points), self.max_sent)
-        self.box = render.box(points)
+        self.box = render.bounding_box(points)
         self.centre = self.box.mean(axis=0)
         self.mode.options = tuple(answers.modes)
         self.mode.value = COLOUR if COLOUR in answers.modes else SEGMENTATION

@@ -1,5 +1,6 @@
 """Shape checking for every test, four CPU devices, the folder of reference data, and tiny CLIP snapshots."""
 
+import dataclasses
 import json
 import os
 import re
@@ -140,3 +141,17 @@ def model_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("untrained") / "model"
     checkpoint.save_model(folder, variables, info)
     return folder
+
+
+@pytest.fixture
+def tiny_rooms(monkeypatch) -> None:
+    """Makes every synthetic room the same glimpse of one, so that preparing takes no time."""
+    from data.synthetic import generate_room
+    from ggsd_jax import datasets
+
+    glimpse = generate_room(0, scan_views=2, views=1, size=(40, 30))
+
+    def room(seed: int):
+        return glimpse._replace(scene=dataclasses.replace(glimpse.scene, name=f"room{seed}"))
+
+    monkeypatch.setattr(datasets, "generate_room", room)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggsd_jax.render import box, distinct_colors, heat, render, side_by_side
+from ggsd_jax.render import bounding_box, distinct_colors, heat, render, side_by_side
 
 
 def test_a_near_point_covers_a_far_one_and_the_ceiling_is_taken_off():
@@ -22,7 +22,7 @@ def test_a_stray_point_does_not_move_the_picture(stray):
     colors = np.full((3000, 3), 90, np.uint8)
     others = points[1:], colors[1:]
     points[0] = stray
-    np.testing.assert_array_equal(box(points), box(others[0]))
+    np.testing.assert_array_equal(bounding_box(points), bounding_box(others[0]))
     np.testing.assert_array_equal(render(points, colors), render(*others))
 
 
