@@ -245,24 +245,6 @@ def test_processes_that_prepare_one_folder_wait_for_each_other(tmp_path):
     assert len(load_split(tmp_path, "train")) == 4
 
 
-def _sleep(pid_file: Path):
-    pid_file.write_text(str(os.getpid()))
-    time.sleep(600)
-
-
-def _start_a_worker(pid_file: Path):
-    list(datasets.in_order(_sleep, [pid_file], 1))
-
-
-def test_workers_end_with_a_process_that_is_killed(tmp_path):
-    pid_file = tmp_path / "pid"
-    process = multiprocessing.get_context("spawn").Process(target=_start_a_worker, args=(pid_file,))
-    process.start()
-    wait_until(lambda: pid_file.exists() and pid_file.read_text())
-    process.kill()
-    wait_until(lambda: not Path("/proc", pid_file.read_text(), "cmdline").exists())
-
-
 def wait_until(condition) -> None:
     for _ in range(600):
         if condition():
