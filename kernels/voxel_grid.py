@@ -10,6 +10,7 @@ covers 0 and 1; strided coordinates are `floor(c / stride) * stride`, a true flo
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, no_type_check
 
@@ -309,6 +310,7 @@ def kernel_map(
         raise ValueError(
             f"kernel_size {kernel_size} with stride {stride}: expected size 3 or 5 with stride 1, or 2 with stride 2"
         )
+    tensor_stride = operator.index(tensor_stride)
     if not 1 <= tensor_stride <= 2**14:
         raise ValueError(f"tensor_stride is {tensor_stride}: expected 1 to {2**14}")
     level = _sorted_level(coords, tensor_stride)

@@ -1,6 +1,7 @@
 """Batch norm, shortcut and ReLU at the end of a convolution: one definition, fused or not."""
 
 import contextlib
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,8 @@ def test_an_epilogue_of_other_rows_or_channels_is_refused():
     for name, value in {"bias": epilogue.bias[:-1], "keep": epilogue.keep[1:], "residual": epilogue.residual.T}.items():
         with pytest.raises(ValueError, match=rf"epilogue.{name} has shape .*expected"):
             sparse_conv(x, w, m, epilogue=epilogue._replace(**{name: value}))
+    with pytest.raises(ValueError, match=r"epilogue.mean has shape \(\): expected"):
+        inspect.unwrap(sparse_conv)(x, w, m, epilogue=epilogue._replace(mean=None))
 
 
 @on_a_gpu

@@ -1,5 +1,7 @@
 """Segment reductions against plain NumPy loops."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,33 @@ def test_a_label_that_marks_no_class_does_not_vote():
 def test_mean_of_many_half_precision_rows_does_not_lose_the_small_ones(dtype):
     mean = segment_mean(jnp.ones((5000, 1), dtype), jnp.zeros(5000, jnp.int32), 1)
     assert mean.dtype == dtype and mean.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
+def test_wide_ids_are_not_turned_into_floats(dtype):
+    segments, labels = np.array([2, 2, 0], dtype), np.array([3, 3, 1], dtype)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        assert segment_mode(labels, segments, 4, 4).tolist() == [1, -1, 3, -1]
+        assert segment_mean(np.array([[5.0], [7.0], [1.0]]), segments, 4).tolist() == [[1], [0], [6], [0]]
+
+
+def test_rows_that_do_not_belong_together_are_refused_and_the_shapes_named():
+    values, labels, segments, valid = (jnp.asarray(a) for a in case(1))
+    mean, mode = inspect.unwrap(segment_mean), inspect.unwrap(segment_mode)  # without the check of annotations
+    for call, name in (
+        (lambda: mean(values[:, 0], segments, S), "values"),
+        (lambda: mean(labels[:, None], segments, S), "values"),
+        (lambda: mean(values, segments[1:], S), "segments"),
+        (lambda: mean(values, segments.astype(float), S), "segments"),
+        (lambda: mean(values, segments, S, valid[:, None]), "valid"),
+        (lambda: mode(labels[1:], segments, S, L), "segments"),
+        (lambda: mode(labels.astype(float), segments, S, L), "labels"),
+        (lambda: mode(labels, segments, S, L, valid[:, None]), "valid"),
+        (lambda: mode(labels, segments, S, 0), "labels"),
+        (lambda: mode(labels, segments, 2**20, 2**11), "labels"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])

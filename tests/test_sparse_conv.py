@@ -1,6 +1,7 @@
 """Sparse convolution: MinkowskiEngine's numbers, the reference, and the laws a convolution obeys."""
 
 import functools
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -317,5 +318,10 @@ def test_errors_name_both_shapes_and_the_axis():
         sparse_conv(x, w, stacked)
     with jax.enable_x64(True), pytest.raises(ValueError, match="kernel_map has arrays of int64, .*: expected int32"):
         sparse_conv(x, w, jax.tree.map(lambda leaf: leaf.astype(np.int64), m))
+    unannotated = inspect.unwrap(sparse_conv)  # its own checks, without pytest's of the annotations
+    with pytest.raises(ValueError, match=r"kernel_map is a tuple: .*kernel_map\(\) returns \(map, coords\)"):
+        unannotated(x, w, (m, None))
+    with pytest.raises(ValueError, match="features are int8: expected floats"):
+        unannotated(x.astype(jnp.int8), w.astype(jnp.int8), m)
     with pytest.raises(ValueError, match="'cuda': expected one of reference, xla, cpu, pallas_triton, or None"):
         sparse_conv(x, w, m, implementation="cuda")

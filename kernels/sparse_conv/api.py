@@ -73,6 +73,8 @@ def sparse_conv(
         )
     if 0 in weights.shape:
         raise ValueError(f"weights {weights.shape} have no channels (axes 1 and 2: input and output channels)")
+    if not (jnp.issubdtype(features.dtype, jnp.floating) and features.dtype.itemsize >= 2):
+        raise ValueError(f"features are {features.dtype}: expected floats of 16 bits or more")
     if features.dtype != weights.dtype:
         raise ValueError(f"features are {features.dtype} and weights {weights.dtype}: cast one to the other")
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
@@ -89,8 +91,11 @@ def sparse_conv(
     return epilogue(_IMPLEMENTATIONS[implementation](features, weights, kernel_map, transposed))
 
 
-def _check_map(kernel_map: KernelMap) -> None:
+def _check_map(kernel_map: object) -> None:
     """A map with an axis too many would be read as another map by the compiled loops, which trust it."""
+    if not isinstance(kernel_map, KernelMap):
+        hint = "; voxel_grid.kernel_map() returns (map, coords)" if isinstance(kernel_map, tuple) else ""
+        raise ValueError(f"kernel_map is a {type(kernel_map).__name__}: expected a KernelMap{hint}")
     arrays = kernel_map.in_index, kernel_map.out_index, kernel_map.offset_index, kernel_map.num_tiles
     tiles = np.shape(kernel_map.in_index)
     if len(tiles) != 2 or [np.shape(a) for a in arrays[1:]] != [tiles, tiles[:1], ()]:
@@ -106,8 +111,8 @@ def _check_map(kernel_map: KernelMap) -> None:
 def _check(epilogue: Epilogue, rows: int, channels: int) -> None:
     expected = Epilogue((channels,), (channels,), (channels,), (rows,), (rows, channels))
     for name, value, shape in zip(Epilogue._fields, epilogue, expected, strict=True):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"epilogue.{name} has shape {value.shape}: expected {shape}, as of the output")
+        if (value is not None or name != "residual") and np.shape(value) != shape:
+            raise ValueError(f"epilogue.{name} has shape {np.shape(value)}: expected {shape}, as of the output")
 
 
 def fastest(dtype: DTypeLike) -> str:
