@@ -8,16 +8,17 @@
   <root>/<scene>/           a folder per scene, or just the cloud file <root>/<scene>.ply (beside which images/ and
                             so on may lie, if it is the only one)
     cloud.ply               or cloud.pcd, cloud.npz (data.scene.Scene), cloud.xyz (a line per point: x y z, or
-                            x y z red green blue); metres, z up; optionally with a label per point
+                            x y z red green blue); metres, z up; optionally with a property `label`:
+                            0 = first class of data.label_set (of NYU40 its id less 1), 255 = none
     images/K.jpg            or K.png; K is any name
     poses/K.txt             16 numbers, the camera-to-world matrix; the camera looks along +z, y down; metres
     intrinsics.txt          fx fy cx cy in pixels of the images, or the 3x3 or 4x4 matrix; or intrinsics/K.txt
     depth/K.png             optional: 16 bit, 0 = no reading, of the same shape as the image
 
-Scenes named in `val.txt` (one per line, labelled with the ids of `data.label_set`) are scored, all others trained on;
+Scenes named in `val.txt` (one per line, and labelled) are scored, all others trained on;
 without it the run ends with the trained network. Clouds or poses in millimetres: `--config.data.scale=0.001`. A real
 2D network looks at the images; its weights and the text go together as configs/scannet.py says. Labelled clouds without
-images are looked at by simulated cameras and, with `--config.teacher.name=simulated`, by the simulated network.
+images can be scored; with `--config.teacher.name=simulated` they are looked at by the simulated network.
 
 The hyper-parameters are those of the paper's indoor data sets; there is no score to expect. Out of doors take
 voxel_size and superpoints from configs/nuscenes.py.

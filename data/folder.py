@@ -26,7 +26,8 @@ LAYOUT = """
   <root>/<scene>/           a folder per scene, or just the cloud file <root>/<scene>.ply (beside which images/ and
                             so on may lie, if it is the only one)
     cloud.ply               or cloud.pcd, cloud.npz (data.scene.Scene), cloud.xyz (a line per point: x y z, or
-                            x y z red green blue); metres, z up; optionally with a label per point
+                            x y z red green blue); metres, z up; optionally with a property `label`:
+                            0 = first class of data.label_set (of NYU40 its id less 1), 255 = none
     images/K.jpg            or K.png; K is any name
     poses/K.txt             16 numbers, the camera-to-world matrix; the camera looks along +z, y down; metres
     intrinsics.txt          fx fy cx cy in pixels of the images, or the 3x3 or 4x4 matrix; or intrinsics/K.txt
@@ -37,6 +38,7 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 _SEPARATOR = r"\s*[,;]\s*|\s+"  # of the numbers in a line
 _TALLEST, _WIDEST, _SMALLEST = 100.0, 2000.0, 0.05  # metres; of a scan that is believed to be in metres
 LONGEST_SIDE = 640  # pixels of the grid of 2D features
+_LABELS = ("label", "scalar_label")  # the second is CloudCompare's name for it
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _FRAME_FOLDERS = ("images", "poses", "depth", "intrinsics")
 
@@ -115,7 +117,8 @@ def read_cloud(
                 log.warning("%s: %d of %d points have no finite x, y, z: left out", path, (~read).sum(), len(read))
                 columns = {name: column[read] for name, column in columns.items()}
             columns |= zip("xyz", _in_metres(path, points[read], scale, say).T, strict=True)
-        return _with_labels(scene_of_columns(path, columns), columns.get("label") if labels else None)
+        named = next((name for name in columns if name.lower() in _LABELS), None) if labels else None
+        return _with_labels(scene_of_columns(path, columns), columns.get(named))
     except ValueError as error:
         if str(path) in str(error):
             raise
@@ -222,6 +225,15 @@ def read_views(cloud: str | os.PathLike, scene: Scene, scale: float = 1.0, depth
     for image in images:
         if (other := by_stem.setdefault(image.stem, image)) is not image:
             raise ValueError(f"{folder}/images: {other.name} and {image.name} would share a pose; rename one")
+    sizes: dict[tuple[int, int], Path] = {}
+    for image in images:
+        sizes.setdefault(image_size_of(image), image)
+    if len(sizes) > 1 and (folder / "intrinsics.txt").is_file():
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise ValueError(
+            f"{folder}/intrinsics.txt: is of one camera, but {first.name} has {one[0]} x {one[1]} pixels and "
+            f"{second.name} {other[0]} x {other[1]}; give each its own intrinsics/K.txt"
+        )
     has_depth = (folder / "depth").is_dir()
     spacing = 1.5 * point_spacing(scene.points)
     readers, lost = [], []

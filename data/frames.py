@@ -74,12 +74,14 @@ def read_pose(path: str | os.PathLike) -> Float64[np.ndarray, "4 4"]:
         pose = np.array(Path(path).read_text(encoding="utf-8-sig").split(), dtype=np.float64).reshape(4, 4)
     except ValueError as error:
         raise ValueError(f"{path}: expected 16 numbers, a 4x4 camera-to-world matrix ({error})") from None
-    if np.isfinite(pose).all():
-        _check_rigid(path, pose)
+    check_pose(path, pose)
     return pose
 
 
-def _check_rigid(path: str | os.PathLike, pose: Float64[np.ndarray, "4 4"]) -> None:
+def check_pose(path: str | os.PathLike, pose: Float64[np.ndarray, "4 4"]) -> None:
+    """Raises ValueError, which names `path`, where a finite matrix is no rigid motion."""
+    if not np.isfinite(pose).all():
+        return
     if not np.allclose(pose[3], [0, 0, 0, 1], atol=1e-6):
         hint = "; it is transposed, write it row by row" if np.allclose(pose[:, 3], [0, 0, 0, 1], atol=1e-6) else ""
         raise ValueError(f"{path}: the last row is {pose[3]}, expected 0 0 0 1{hint}")

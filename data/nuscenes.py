@@ -220,7 +220,8 @@ def _read_table(tables: Path, name: str, keep: Callable[[dict], dict | None]) ->
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; is this the nuScenes root, and the version its folder?") from None
     except KeyError as error:
-        raise ValueError(f"{path}: a row has no field {error}; is it of nuScenes v1.0?") from None
+        own = "; nuScenes-lidarseg brings one that has: let it replace this" if name == "category" else ""
+        raise ValueError(f"{path}: a row has no field {error}; is it of nuScenes v1.0?{own}") from None
     except ValueError as error:
         raise ValueError(f"{path}: truncated or not JSON ({error}); unpack the metadata again") from error
     return [row for row in rows if row is not None]

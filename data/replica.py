@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from data import openscene
-from data.frames import Views, read_depth, read_pose
+from data.frames import Views, check_pose, read_depth, read_pose
 from data.projection import adjust_intrinsics
 from data.scene import Scene, View, read_ply, resize_nearest
 
@@ -92,9 +92,12 @@ def _frames(folder: Path) -> dict[int, tuple[np.ndarray, Path, Path]]:
 def _read_trajectory(path: Path) -> Float64[np.ndarray, "F 4 4"]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return np.array([line.split() for line in lines if line.strip()], np.float64).reshape(-1, 4, 4)
+        poses = np.array([line.split() for line in lines if line.strip()], np.float64).reshape(-1, 4, 4)
     except ValueError as error:
         raise ValueError(f"{path}: expected 16 numbers in each line, a 4x4 camera-to-world matrix ({error})") from None
+    for frame in range(0, len(poses), STEP):
+        check_pose(f"{path}, frame {frame}", poses[frame])
+    return poses
 
 
 def _preprocessed_frames(folder: Path) -> dict[int, tuple[np.ndarray, Path, Path]]:

@@ -116,7 +116,9 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
     folder = Path(os.path.abspath(folder))  # of a link its own name
     intrinsics = adjust_intrinsics(DEPTH_INTRINSICS, DEPTH_SIZE, size)
     stream_path = folder / f"{folder.name}.sens"
-    if stream_path.is_file() and not (folder / "pose").is_dir():
+    kinds = {"color": ".jpg", "depth": ".png", "pose": ".txt"}
+    found = {kind: _numbered(folder / kind, suffix) for kind, suffix in kinds.items()}
+    if stream_path.is_file() and not found["pose"]:
         stream, frames = sens.read_stream(stream_path, STREAM_STEP * every)
         if stream.depth_size != DEPTH_SIZE:
             raise ValueError(f"{stream_path}: depth of {stream.depth_size} pixels, expected ScanNet's {DEPTH_SIZE}")
@@ -125,9 +127,7 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
             for frame in frames
         }
         return _with_finite_poses(folder, readers)
-    kinds = {"color": ".jpg", "depth": ".png", "pose": ".txt"}
-    found = {kind: _numbers(folder / kind, suffix) for kind, suffix in kinds.items()}
-    numbers = sorted(set.union(*found.values()))
+    numbers = sorted(set().union(*found.values()))
     if numbers == list(range(len(numbers))):  # the whole stream
         log.info("%s: every %dth of its %d exported frames is used", folder, STREAM_STEP, len(numbers))
         numbers = numbers[::STREAM_STEP]
@@ -142,11 +142,11 @@ def read_views(folder: str | os.PathLike, size: tuple[int, int] = FEATURE_SIZE, 
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FileNotFoundError(f"{folder}: missing {', '.join(missing[:3])}{more}; export the frames again")
-    poses = {number: read_pose(folder / "pose" / f"{number}.txt") for number in numbers}
-    readers = {
-        number: (pose, functools.partial(_exported_view, folder, number, pose, intrinsics, size))
-        for number, pose in poses.items()
-    }
+    readers = {}
+    for number in numbers:
+        pose, files = read_pose(found["pose"][number]), (found["depth"][number], found["color"][number])
+        name = f"{folder.name}/{number}"
+        readers[number] = (pose, functools.partial(_exported_view, name, *files, pose, intrinsics, size))
     return _with_finite_poses(folder, readers)
 
 
@@ -161,10 +161,8 @@ def _with_finite_poses(folder: Path, readers: dict) -> Views:
     return Views([reader for number, (_, reader) in readers.items() if number not in lost], len(lost))
 
 
-def _exported_view(folder: Path, number: int, pose, intrinsics, size: tuple[int, int]) -> View:
-    depth = read_depth(folder / "depth" / f"{number}.png", 1000.0, DEPTH_SIZE)
-    image = folder / "color" / f"{number}.jpg"
-    return View(f"{folder.name}/{number}", pose, intrinsics, size, resize_nearest(depth, size), image)
+def _exported_view(name: str, depth: Path, image: Path, pose, intrinsics, size: tuple[int, int]) -> View:
+    return View(name, pose, intrinsics, size, resize_nearest(read_depth(depth, 1000.0, DEPTH_SIZE), size), image)
 
 
 def _stream_view(scene: str, stream: sens.Stream, frame: sens.Frame, intrinsics, size: tuple[int, int]) -> View:
@@ -173,5 +171,6 @@ def _stream_view(scene: str, stream: sens.Stream, frame: sens.Frame, intrinsics,
     return View(f"{scene}/{frame.number}", frame.pose, intrinsics, size, depth, image)
 
 
-def _numbers(folder: Path, suffix: str) -> set[int]:
-    return {int(path.stem) for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}
+def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
+    """Files by frame; `scannet_frames_25k` writes 000100.jpg where an export of the stream writes 100.jpg."""
+    return {int(path.stem): path for path in folder.glob(f"*{suffix}") if path.stem.isdigit()}

@@ -211,7 +211,10 @@ class View:
 
     def _read_image(self) -> UInt8[np.ndarray, "H W 3"]:
         with opened_image(self.image) as file:
-            return np.asarray(file.convert("RGB"))
+            mode, pixels = file.mode, np.asarray(file.convert("RGB"))
+        if mode.startswith(("I", "F")):  # PIL has cut them off at 255
+            raise ValueError(f"{self.image}: its pixels are of mode {mode}, expected 8 bits; export it again")
+        return pixels
 
 
 @contextlib.contextmanager

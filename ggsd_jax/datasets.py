@@ -111,11 +111,11 @@ def read_room(seed: int) -> RawScene:
 def scannet_scans(config: ml_collections.ConfigDict) -> Splits:
     """Scenes that are on ScanNet's lists `scannetv2_train.txt` and `scannetv2_val.txt`.
 
-    Agree to the terms on www.scan-net.org, and get of each scene the types `_vh_clean_2.ply`,
-    `_vh_clean_2.labels.ply` and `.sens` with the script that its owners send. data.root holds `scans/<scene>/` with
-    them (frames exported to color/, depth/ and pose/ do as well as the .sens), or a neutral `<scene>.npz`
-    (data.scene.Scene), which simulated cameras look at. The lists are in Tasks/Benchmark/ of ScanNet/ScanNet;
-    data.lists names their folder, if that is not data.root.
+    Agree to the terms on www.scan-net.org, and get of each scene the types `_vh_clean_2.ply`, `_vh_clean_2.labels.ply`
+    and `.sens` with the script that its owners send. data.root holds `scans/<scene>/` with them (frames exported to
+    color/, depth/ and pose/ do as well as the .sens), or a neutral `<scene>.npz` (data.scene.Scene), at which the
+    simulated network looks through cameras of its own. The lists are in Tasks/Benchmark/ of ScanNet/ScanNet; data.lists
+    names their folder, if that is not data.root.
     """
     _expect_label_set(config, *scannet.LABEL_TABLES)
     root, with_views = Path(config.data.root), _needs_views(config)
@@ -127,7 +127,7 @@ def scannet_scans(config: ml_collections.ConfigDict) -> Splits:
             if (root / "scans" / name).is_dir():
                 found[name] = functools.partial(_read_scan, root / "scans" / name, config.data.label_set, with_views)
             elif (root / f"{name}.npz").is_file():
-                found[name] = functools.partial(_read_npz, root / f"{name}.npz", with_views)
+                found[name] = functools.partial(_read_npz, root / f"{name}.npz", _is_simulated(config))
         return _some(found, listed, f"scannetv2_{split}.txt", f"{root}/scans/<scene>/ or {root}/<scene>.npz")
 
     return {split: functools.partial(scans, split) for split in ("train", "val")}
@@ -138,9 +138,9 @@ def _read_scan(folder: Path, label_set: str, with_views: bool) -> RawScene:
     return RawScene(scannet.read_scene(folder, label_set), views, border=scannet.BORDER)
 
 
-def _read_npz(path: Path, with_views: bool) -> RawScene:
+def _read_npz(path: Path, simulated: bool) -> RawScene:
     scene = Scene.load_npz(path)
-    return RawScene(scene, _look_around(path, scene) if with_views else (), border=0)
+    return RawScene(scene, _look_around(path, scene) if simulated else (), border=0)
 
 
 def _look_around(path: Path, scene: Scene) -> list[View]:
@@ -183,12 +183,13 @@ def matterport_regions(config: ml_collections.ConfigDict) -> Splits:
 
 def _read_region(mesh: Path, class_of_category: np.ndarray, nearest: int, with_views: bool) -> RawScene:
     scene = matterport.read_region(mesh, class_of_category)
+    if not with_views:
+        return RawScene(scene, (), matterport.BORDER, matterport.DEPTH_TOLERANCE)
     cameras = _cameras_of_building(mesh.parent.parent)
     chosen = matterport.cameras_of_region(cameras, scene.points, nearest)
     if not chosen:
         raise LeftOut("no camera stands in it")
-    views = matterport.read_views(chosen) if with_views else ()
-    return RawScene(scene, views, matterport.BORDER, matterport.DEPTH_TOLERANCE)
+    return RawScene(scene, matterport.read_views(chosen), matterport.BORDER, matterport.DEPTH_TOLERANCE)
 
 
 _cameras_of_building = functools.lru_cache(maxsize=2)(matterport.read_cameras)
@@ -285,7 +286,13 @@ def folder_scenes(config: ml_collections.ConfigDict) -> Splits:
         )
     readers = {
         name: functools.partial(
-            _read_own, name, path, config.data.scale or None, config.data.depth_units, _needs_views(config)
+            _read_own,
+            name,
+            path,
+            config.data.scale or None,
+            config.data.depth_units,
+            _needs_views(config),
+            _is_simulated(config),
         )
         for name, path in clouds.items()
     }
@@ -293,20 +300,26 @@ def folder_scenes(config: ml_collections.ConfigDict) -> Splits:
         "train": {name: read for name, read in readers.items() if name not in listed},
         "val": {name: read for name, read in readers.items() if name in listed},
     }
+    if not splits["train"]:
+        raise ValueError(f"val.txt lists every scene of {config.data.root}: none is left to train on")
     splits = {split: scenes for split, scenes in splits.items() if scenes}
     absent = LeftOut(f"it holds no {', '.join(folder.CLOUD_SUFFIXES)}")
     splits[next(iter(splits))] |= dict.fromkeys(folder.without_cloud(config.data.root), absent)
     return {split: functools.partial(dict, scenes) for split, scenes in splits.items()}
 
 
-def _read_own(name: str, path: Path, scale: float | None, depth_units: float, with_views: bool) -> RawScene:
+def _read_own(
+    name: str, path: Path, scale: float | None, depth_units: float, with_views: bool, simulated: bool
+) -> RawScene:
     scene = dataclasses.replace(folder.read_cloud(path, scale), name=name)
     if scene.features is not None or not with_views:
         return RawScene(scene, views=(), border=0)
     views = folder.read_views(path, scene, scale or 1.0, depth_units)
     if views is None and scene.labels is None:
         raise LeftOut(f"it has neither images nor labels to simulate them from; expected:{folder.LAYOUT}")
-    return RawScene(scene, _look_around(path, scene) if views is None else views, border=0)
+    if views is None:  # no network sees it; it can be scored
+        views = _look_around(path, scene) if simulated else ()
+    return RawScene(scene, views, border=0)
 
 
 def openscene_scenes(config: ml_collections.ConfigDict) -> Splits:
@@ -317,12 +330,20 @@ def openscene_scenes(config: ml_collections.ConfigDict) -> Splits:
     scored, with the features in a second folder beside the first, matterport_multiview_openseg_test. As in OpenScene,
     a scene without a feature file is left out. With teacher.name=none no features are read.
     """
-    root, features = Path(config.data.root), Path(config.data.features)
+    _expect_label_set(config, "scannet20", *matterport.LABEL_SET_NAMES, "nuscenes16")
+    root, named = Path(config.data.root), config.data.get("features", "")
+    most_frequent = config.data.label_set.removeprefix("matterport")
+    if most_frequent in ("40", "80", "160") and not root.name.endswith(f"_{most_frequent}"):
+        logging.warning(
+            "data.root is %s: the labels of data.label_set=%s are in OpenScene's matterport_3d_%s",
+            root, config.data.label_set, most_frequent,
+        )  # fmt: skip
+    features = Path(named)
     if config.teacher.name == "none":
         features = None
-    elif not config.data.features or not features.is_dir():
+    elif not named or not features.is_dir():
         raise FileNotFoundError(
-            f"data.features is {config.data.features!r}: expected the folder with OpenScene's fused features, "
+            f"data.features is {named!r}: expected the folder with OpenScene's fused features, "
             "e.g. scannet_multiview_lseg"
         )
 
@@ -361,6 +382,11 @@ def _expect_label_set(config: ml_collections.ConfigDict, *known: str) -> None:
 def _needs_views(config: ml_collections.ConfigDict) -> bool:
     """Whether scenes need their views: not where nothing is learned from 2D features."""
     return config.teacher.name != "none"
+
+
+def _is_simulated(config: ml_collections.ConfigDict) -> bool:
+    """Whether the 2D network is the simulated one, which needs no images: a cloud without views gets some."""
+    return config.teacher.name == "simulated"
 
 
 def _read_list(config: ml_collections.ConfigDict, name: str) -> list[str]:

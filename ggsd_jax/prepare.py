@@ -69,6 +69,8 @@ def prepare(config: ml_collections.ConfigDict, data_dir: Path) -> None:
     _named(DATASETS, "data.name", config.data.name)
     if is_prepared(config, data_dir):
         shutil.rmtree(data_dir / "unfinished", ignore_errors=True)  # of a run that was killed, or is, at the very end
+        scenes = ", ".join(f"{of['scenes']} of {split}" for split, of in load_report(data_dir).items())
+        logging.info("%s is prepared, with the scenes of then: %s; delete it to prepare again", data_dir, scenes)
         return
     if config.data.name != SYNTHETIC.name and not (config.data.root and Path(config.data.root).is_dir()):
         raise FileNotFoundError(
@@ -296,7 +298,7 @@ def add_features(raw: RawScene, teacher: teachers.Teacher, masks: str = "") -> S
     """
     if raw.scene.features is not None and teacher.space != teachers.NONE:
         return raw.scene
-    if isinstance(teacher, teachers.ReadyMade):
+    if isinstance(teacher, teachers.ReadyMade) or raw.views == ():
         nothing = {"features": np.zeros((0, teacher.width), np.float16), "feature_index": np.zeros(0, np.int32)}
         return dataclasses.replace(raw.scene, **nothing)
     points = raw.scene.points[: raw.num_supervised]
@@ -388,6 +390,11 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
         config = self._run_config
         files = {name: self.unfinished / f"{split} {_file_name(name)}.npz" for name in readers}
         missing = {name: readers[name] for name, file in files.items() if not file.exists()}
+        if taken_over := len(files) - len(missing):
+            logging.warning(
+                "%s: %d scenes are taken over from a run that did not end; if you have changed their files since, "
+                "delete %s", split, taken_over, self.unfinished.parent,
+            )  # fmt: skip
         cut = functools.partial(cut_superpoints, settings=config.superpoints.to_dict())
         raw_scenes = in_order(cut, missing.values(), config.data.prepare_workers)
         with contextlib.closing(raw_scenes):
@@ -400,9 +407,10 @@ class _Dataset(tfds.core.GeneratorBasedBuilder):
                 if isinstance(raw, LeftOut):
                     yield name, raw
                     continue
-                if split == "val":
+                if split == "val" or config.mode == "supervised":
                     if raw.scene.labels is None:
-                        raise ValueError(f"scene '{name}' has no labels to be scored by. {instructions(self.name)}")
+                        purpose = "to be scored by" if split == "val" else "to learn from"
+                        raise ValueError(f"scene '{name}' has no labels {purpose}. {instructions(self.name)}")
                     check_labels(raw.scene, len(label_set(config).classes))
                 scene = add_features(raw, self._teacher, config.teacher.get("masks", ""))
                 width = self.info.features["feature_mean"].shape[-1]

@@ -66,7 +66,10 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
             train.train(config, workdir, data_dir, profile=profile)
     if mode == "all" and "val" not in prepare.load_report(data_dir):
         if hosts.is_first():
-            print(f"\ntrained: {workdir}; without labelled scenes there is nothing to score")
+            print(
+                f"\ntrained: {workdir}; there was no labelled scene to score when {data_dir} was prepared "
+                "(delete it if there is one now)"
+            )
     elif mode in ("all", "eval"):
         with _timed(workdir, "eval"):
             results = evaluate.evaluate(config, workdir, data_dir)

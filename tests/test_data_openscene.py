@@ -10,7 +10,7 @@ from data import openscene
 from data.feature_codes import dequantize, quantize
 from data.labels import LABEL_SETS
 from experiments import configs
-from ggsd_jax import prepare
+from ggsd_jax import datasets, prepare
 
 POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
 COLORS = np.array([[-1, 0, 1]] * 4, np.float32)
@@ -213,7 +213,7 @@ def test_openscenes_downloads_are_prepared_as_they_are(tmp_path):
     prepare.prepare(config, tmp_path / "mine_prepared")
 
 
-def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_buildings_are_scored(tmp_path):
+def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_buildings_are_scored(tmp_path, caplog):
     rng = np.random.default_rng(0)
     features = tmp_path / "matterport_multiview_openseg"
     for split in ("train", "val", "test"):
@@ -240,6 +240,13 @@ def test_records_have_as_many_features_as_openscenes_files_and_matterports_test_
     np.testing.assert_array_equal(scored.feature_index, np.flatnonzero(mask))
     counts = [len(scene.features) for scene in prepare.load_split(tmp_path / "out", "train")]
     assert len(counts) == 5 and len(set(counts)) == 1 and 150 < counts[0] < 210  # a fifth of 900
+    config.data.label_set = "nyu40"
+    with pytest.raises(ValueError, match="data.label_set is 'nyu40': openscene is read with 'scannet20' or"):
+        prepare.prepare(config, tmp_path / "other")
+    config.data.label_set = "matterport40"
+    datasets.openscene_scenes(config)
+    assert "the labels of data.label_set=matterport40 are in OpenScene's matterport_3d_40" in caplog.text
+    config.data.label_set = "matterport21"
     config.data.chunk_points = 100  # a batch has room for no more
     prepare.prepare(config, tmp_path / "fewer")
     assert {len(scene.features) for scene in prepare.load_split(tmp_path / "fewer", "train")} == {100}

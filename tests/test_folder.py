@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from data import folder
 from data.projection import project
 from data.scene import Scene, write_ply
 from experiments import configs
-from ggsd_jax import prepare
+from ggsd_jax import datasets, prepare
+from ggsd_jax.vision_language.simulated import SimulatedTeacher
 
 RNG = np.random.default_rng(0)
 POINTS = np.round(RNG.uniform([0, 0, 0], [4, 3, 0.02], (2000, 3)), 3).astype(np.float32)  # a floor
@@ -160,6 +162,11 @@ def test_labels_that_are_no_ids_are_refused(tmp_path):
         folder.read_cloud(tmp_path / "a.ply")
 
 
+def test_labels_may_have_the_name_that_cloudcompare_gives_them(tmp_path):
+    write_ply(tmp_path / "a.ply", POINTS, scalar_Label=LABELS.astype(np.float32))
+    np.testing.assert_array_equal(folder.read_cloud(tmp_path / "a.ply").labels, LABELS)
+
+
 # ------------------------------------------------------------------------------------------------------ views
 
 
@@ -245,6 +252,13 @@ def test_errors_teach_the_layout(scene_folder, file, content, error, message):
         views_of(scene_folder)
 
 
+def test_images_of_two_sizes_need_intrinsics_each(scene_folder):
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(scene_folder / "images/c.png")
+    shutil.copy(scene_folder / "poses/a.txt", scene_folder / "poses/c.txt")
+    with pytest.raises(ValueError, match="intrinsics.txt: is of one camera, but a.png has 1280 x 960 pixels and c.png"):
+        views_of(scene_folder)
+
+
 # ----------------------------------------------------------------------------------------------- whole folders
 
 
@@ -299,6 +313,22 @@ def test_a_folder_is_prepared_with_its_images_and_without(tmp_path, scene_folder
     (tmp_path / "val.txt").write_text("cellar\n")
     with pytest.raises(ValueError, match="val.txt lists 'cellar', which is not in .*; there: attic, hall, kitchen"):
         prepare.prepare(config, tmp_path / "other")
+
+
+def test_a_labelled_cloud_without_images_is_scored_though_a_real_network_cannot_see_it(tmp_path, scene_folder):
+    Scene("hall", POINTS, labels=LABELS).save_npz(tmp_path / "hall.npz")
+    Scene("attic", POINTS, labels=LABELS).save_npz(tmp_path / "attic.npz")
+    (tmp_path / "val.txt").write_text("hall")
+    config = configs.load("folder")
+    config.data.root, config.teacher.name = str(tmp_path), "maskclip"
+    splits = datasets.folder_scenes(config)
+    (hall,), (attic, kitchen) = ([read() for read in splits[split]().values()] for split in ("val", "train"))
+    assert hall.views == attic.views == () and len(kitchen.views) == 1
+    unable = prepare.add_features(hall, SimulatedTeacher(np.eye(3, 8, dtype=np.float32)))
+    assert unable.features.shape == (0, 8) and len(unable.labels) == 2000
+    (tmp_path / "val.txt").write_text("hall\nattic\nkitchen")
+    with pytest.raises(ValueError, match="val.txt lists every scene of .*: none is left to train on"):
+        datasets.folder_scenes(config)
 
 
 def test_the_layout_in_the_config_is_the_one_the_errors_show():

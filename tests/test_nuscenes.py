@@ -185,6 +185,11 @@ def test_without_lidarseg_there_are_no_labels(release):
             "category.json: category 'vehicle.cars' has the index 17, .*nearest there is 'vehicle.car' with 17",
         ),
         (
+            lambda r: [row.pop("index") for row in r.tables["category"]],
+            ValueError,
+            "category.json: a row has no field 'index'; .*nuScenes-lidarseg brings one that has: let it replace this",
+        ),
+        (
             lambda r: r.tables["category"].append({"name": "sky", "index": 32}),
             ValueError,
             "'sky' has the index 32, expected those of nuScenes-lidarseg",

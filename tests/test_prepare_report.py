@@ -50,6 +50,18 @@ def test_a_split_without_a_label_of_the_set_is_refused(tmp_path, monkeypatch):
         prepare.prepare(make_config(), tmp_path)
 
 
+def test_scenes_taken_over_from_a_killed_run_and_data_that_is_there_are_told(tmp_path, tiny_rooms, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(prepare._Report, "add", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        prepare.prepare(make_config(), tmp_path)
+    with caplog.at_level("INFO"):
+        prepare.prepare(make_config(), tmp_path)
+    assert "1 scenes are taken over from a run that did not end; if you have changed their files" in caplog.text
+    with caplog.at_level("INFO"):
+        prepare.prepare(make_config(), tmp_path)
+    assert f"{tmp_path} is prepared, with the scenes of then: " in caplog.text
+
+
 def test_scenes_without_superpoints_and_in_both_splits_are_told(tmp_path, tiny_rooms, monkeypatch, caplog):
     monkeypatch.setattr(datasets, "room_seeds", lambda split, count: range(count))
     prepare.prepare(make_config(**{"superpoints.seed_resolution": 50.0}), tmp_path)

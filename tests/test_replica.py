@@ -96,6 +96,9 @@ def test_what_is_missing_or_damaged_is_named(rendered):
     trajectory.write_text("nan " * 16 + "\n" + text)
     with pytest.raises(ValueError, match="the pose of frame 0 of room1 is not finite"):
         replica.read_views(rendered, "room1")
+    trajectory.write_text(text.replace(text.split()[0], "2", 1))
+    with pytest.raises(ValueError, match="traj.txt, frame 0: its left upper 3x3 part is no rotation"):
+        replica.read_views(rendered, "room1")
     trajectory.write_text("\ufeff" + text + " \n", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="depth000010.png"):  # no longer the poses
         replica.read_views(rendered, "room1")

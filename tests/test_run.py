@@ -51,7 +51,7 @@ def test_without_labelled_scenes_a_run_ends_with_the_training(tmp_path, monkeypa
     monkeypatch.setattr(run.prepare, "load_report", lambda data_dir: {"train": {}})
     monkeypatch.setattr(run.train, "train", lambda *args, **kwargs: trained.append(args))
     assert run.run(configs.load("synthetic"), tmp_path) is None
-    assert trained and "without labelled scenes there is nothing to score" in capsys.readouterr().out
+    assert trained and "there was no labelled scene to score" in capsys.readouterr().out
 
 
 def test_how_the_work_is_done_may_change_between_one_part_of_a_run_and_the_next(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.scene import Scene, View, check_labels, resize_nearest
 
@@ -140,9 +141,12 @@ def test_a_wrong_view_is_named(wrong, message):
         view(**wrong)
 
 
-def test_the_pixels_of_a_view_lie_on_its_own_grid():
+def test_the_pixels_of_a_view_lie_on_its_own_grid_and_have_8_bits(tmp_path):
     image = RNG.integers(0, 256, (6, 8, 3)).astype(np.uint8)
     np.testing.assert_array_equal(view(image=image).pixels(), image[::2, ::2])
+    Image.fromarray(np.full((3, 4), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match="grey.png: its pixels are of mode I.*, expected 8 bits"):
+        view(image=tmp_path / "grey.png").pixels()
     with pytest.raises(ValueError, match="view '7' has no image"):
         view().pixels()
 

@@ -13,9 +13,10 @@ from ggsd_jax import run
 @pytest.fixture(autouse=True)
 def verbosity():
     """The scripts are quieter than the rest."""
-    before = logging.get_verbosity()
+    logger = logging.get_absl_logger()
+    before = logger.level
     yield
-    logging.set_verbosity(before)
+    logger.setLevel(before)
 
 
 @pytest.mark.parametrize(
