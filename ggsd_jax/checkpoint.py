@@ -112,11 +112,14 @@ def save_model(directory: Path, variables: PyTree, info: dict) -> None:
         return
     temporary = directory.with_name(directory.name + ".tmp").resolve()
     shutil.rmtree(temporary, ignore_errors=True)
-    with _written(directory), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-        checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
-    (temporary / MODEL_FILE).write_text(json.dumps(info | {"files": _checksums(temporary / "variables")}, indent=1))
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    try:
+        with _written(directory), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+            checkpointer.save(temporary / "variables", jax.tree.map(np.asarray, variables))
+        (temporary / MODEL_FILE).write_text(json.dumps(info | {"files": _checksums(temporary / "variables")}, indent=1))
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_model(directory: Path) -> tuple[PyTree, dict]:

@@ -68,6 +68,7 @@ def write(out: Path, model: inference.Model, buckets: tuple[int, ...] = BUCKETS,
     Raises:
         FileExistsError: `out` is there and holds something else.
     """
+    out = out.resolve()  # of a link, the folder that it names is replaced
     if out.exists() and not (out / _CARD).is_file():
         raise FileExistsError(f"{out} exists and no export wrote it: name a new folder")
     info = dict(model.info)
@@ -216,9 +217,10 @@ Without it, `pip install jax flatbuffers`; take the smallest bucket that holds t
 ```python
 import jax, numpy as np
 from jax import export
+from pathlib import Path
 
 weights = dict(np.load("functions/weights.npz"))
-program = export.deserialize(open("functions/voxels_{bucket}.jax", "rb").read())
+program = export.deserialize(Path("functions/voxels_{bucket}.jax").read_bytes())
 rows = np.floor(points / np.float64({size})).astype(np.int32)
 voxels, first, of_point = np.unique(rows, axis=0, return_index=True, return_inverse=True)
 coords, feats = np.zeros(({bucket}, 3), np.int32), np.zeros(({bucket}, 3), np.float32)

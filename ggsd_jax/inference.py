@@ -111,6 +111,13 @@ class Model:
     max_voxels: int = 200_000
     halo: int = 48
 
+    def __post_init__(self):
+        in_channels = np.shape(self.variables["params"]["conv0p1s1"]["kernel"])[1]
+        if in_channels != 3:
+            raise ValueError(f"the network reads {in_channels} numbers of each voxel, expected 3: ones, or a colour")
+        if self.max_voxels < 1:
+            raise ValueError(f"max_voxels is {self.max_voxels}: expected at least 1")
+
     def encode(
         self, points: Float[np.ndarray, "N 3"], colors: UInt8[np.ndarray, "N 3"] | None = None
     ) -> Float32[np.ndarray, "N C"]:
@@ -311,6 +318,11 @@ def load(path: str | Path) -> Model:
                 f"{folder / checkpoint.MODEL_FILE}: the field {field!r} is missing or no {kind.__name__}; "
                 "copy or export the model again"
             )
+    if info["voxel_size"] <= 0 or not all(isinstance(name, str) for name in info["classes"] or [None]):
+        raise ValueError(
+            f"{folder / checkpoint.MODEL_FILE}: voxel_size is {info['voxel_size']} and classes {info['classes']}: "
+            "expected metres and a list of names; copy or export the model again"
+        )
     network(variables, info["arch"])
     if not info["text_encoder"]:
         raise ValueError(f"{folder} was trained with labels (mode=supervised): it gives logits of classes, not words")

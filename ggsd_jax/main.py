@@ -72,6 +72,10 @@ def parse(argv: list[str]) -> list[str]:
         raise SystemExit(f"FileNotFoundError: {path}: no such configuration; {fix}")
     try:
         return app.parse_flags_with_usage(argv)
+    except SystemExit:
+        if {"--help", "--helpfull"} & set(argv):
+            raise SystemExit(0) from None  # absl's is 1
+        raise
     except (AttributeError, KeyError) as error:
         if "'get_config'" in str(error):
             raise SystemExit(f"ValueError: {path}: it has no function get_config()") from error

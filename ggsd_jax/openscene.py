@@ -43,13 +43,14 @@ def load_checkpoint(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str,
         if not isinstance(state, dict):
             raise ValueError(f"its state_dict is a {type(state).__name__}, expected a dict of tensors")
         variables = variables_from_state_dict(state)
-        best_iou = checkpoint.get("best_iou")
+        best_iou, epoch = checkpoint.get("best_iou"), checkpoint.get("epoch")
         best_iou = None if best_iou is None else float(best_iou)
+        epoch = None if epoch is None else int(epoch)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     params = variables["params"]
     return variables, {
-        "epoch": checkpoint.get("epoch"),
+        "epoch": epoch,
         "best_iou": best_iou,
         "prefix": _prefix(state),
         "arch": _arch(params),

@@ -137,7 +137,9 @@ def read_scene(path: Path, unit: str | None = None) -> Scene:
 
 
 def word_list(name: str) -> LabelSet:
-    """A label set of `data.labels` by name, or the lines of a text file with colours of their own; # begins a comment.
+    """A label set of `data.labels` by name, or a text file's lines with colours of their own; # begins a comment.
+
+    A label that is said twice counts once.
 
     Raises:
         ValueError: neither; the nearest name is suggested. Or a file without words.
@@ -151,7 +153,7 @@ def word_list(name: str) -> LabelSet:
             raise FileNotFoundError(f"{path}: no such list of labels") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text file in UTF-8, one label per line: {error}") from error
-        words = tuple(filter(None, lines))
+        words = tuple(dict.fromkeys(filter(None, lines)))
         if not words:
             raise ValueError(f"{path}: no label in it; write one per line")
         return LabelSet(path.stem, words, render.distinct_colors(len(words)))
@@ -271,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -284,6 +288,8 @@ def run(args: argparse.Namespace) -> None:
     for argument, words in (("a query", args.words), ("--without", args.without)):
         if not all(words):
             raise ValueError(f"{argument} is empty: name a thing")
+        if broken := [word for word in words if not word.isascii() and "\\ud" in ascii(word)]:
+            raise ValueError(f"{argument} {ascii(broken[0])} is not UTF-8; if you typed letters, set LC_ALL=C.UTF-8")
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold={args.threshold}: scores are between 0 and 1, 0.5 is as near as to anything")
     if args.top < 1:
@@ -302,7 +308,10 @@ def run(args: argparse.Namespace) -> None:
         some = ", ".join(f'"{word}"' for word in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         print(f"note: the stand-in for CLIP that this model was trained with knows no word of {some}")
     model.embed(words)  # what is wrong with them is no scan's fault
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except PermissionError:
+        pass
     if not os.access(args.out, os.W_OK | os.X_OK):
         raise PermissionError(f"--out={args.out} cannot be written: name another folder")
     found, left_out = {}, []

@@ -82,9 +82,12 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, mode: str, profile: b
 
 
 def use_cpu_devices(config: ml_collections.ConfigDict) -> None:
-    """Makes `config.cpu_devices` replicas of a machine without an accelerator; to be called before jax is used."""
+    """Makes `config.cpu_devices` replicas of a machine without an accelerator, if jax has not been used yet."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        except RuntimeError:
+            logging.warning("jax has started with %d devices: cpu_devices is not heeded", jax.local_device_count())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -59,6 +59,12 @@ def test_a_model_comes_back_with_its_info_and_replaces_the_one_before(tmp_path):
     assert info == {"arch": 2} and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoint.save_model(tmp_path / "model", {"w": np.zeros(3)}, {"epochs": np.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_a_model_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model"):
         checkpoint.load_model(tmp_path)

@@ -133,6 +133,10 @@ def test_a_file_of_embeddings_goes_along(model_dir, points, tmp_path):
 def test_an_export_replaces_an_export_and_nothing_else(model_dir, tmp_path):
     for _ in range(2):
         export.write(tmp_path / "out", inference.load(model_dir), ())
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    export.write(tmp_path / "link", inference.load(model_dir), ())
+    assert (tmp_path / "link").is_symlink() and inference.load(tmp_path / "out")
+    (tmp_path / "link").unlink()
     (tmp_path / "precious").mkdir()
     (tmp_path / "out.part").mkdir()
     with pytest.raises(FileExistsError, match="no export wrote it"):

@@ -141,6 +141,7 @@ def test_negatives_lower_scores_and_never_raise_them(model):
     ("call", "message"),
     [
         (lambda m: m.encode(np.zeros((0, 3), np.float32)), "points has no rows"),
+        (lambda m: dataclasses.replace(m, max_voxels=0), "max_voxels is 0: expected at least 1"),
         (lambda m: m.query(room(0), [" "]), "not empty"),
         (lambda m: m.embed("chair"), "words is the text 'chair': give a list"),
         (lambda m: m.contrast("bed"), "words is the text 'bed'"),
@@ -183,3 +184,20 @@ def test_a_model_whose_description_lacks_something_is_refused(model_dir, tmp_pat
     (folder / "model.json").write_text(json.dumps(info | {field: None}))
     with pytest.raises(ValueError, match=f"model.json: the field '{field}' is missing or no"):
         inference.load(folder)
+
+
+@pytest.mark.parametrize("wrong", [{"voxel_size": -0.1}, {"classes": []}, {"classes": ["wall", 3]}])
+def test_a_model_whose_description_makes_no_sense_is_refused(model_dir, tmp_path, wrong):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    info = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(info | wrong))
+    with pytest.raises(ValueError, match=r"model.json: voxel_size is .* and classes \["):
+        inference.load(folder)
+
+
+def test_a_network_that_reads_other_numbers_than_a_model_gives_is_refused(model):
+    params = model.variables["params"]
+    one = {"kernel": np.asarray(params["conv0p1s1"]["kernel"])[:, :1]}
+    with pytest.raises(ValueError, match="the network reads 1 numbers of each voxel, expected 3"):
+        dataclasses.replace(model, variables=model.variables | {"params": params | {"conv0p1s1": one}})
