@@ -9,6 +9,7 @@ exit status is 1 if a line says FAIL. Lines that say "note" cost speed, room or 
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -139,8 +140,23 @@ def disk(path: Path = Path(), free: int | None = None) -> Check:
     return Check("ok", what)
 
 
-def writable(path: Path) -> Check:
-    """Whether compiled programs can be kept in a folder (made if need be)."""
+def compiled_loops() -> Check:
+    """Whether numba, which compiles the loops of readers and kernel maps, can keep what it compiles."""
+    try:
+        importlib.import_module("kernels.columns")
+    except RuntimeError as error:
+        return Check("FAIL", f"numba: {error}", "set NUMBA_CACHE_DIR to a folder you can write")
+    except ImportError as error:
+        return Check("FAIL", str(error), "make setup")
+    return Check("ok", "numba keeps what it compiles")
+
+
+def writable(path: Path | None = None) -> Check:
+    """Whether compiled programs can be kept in a folder (made if need be); None: JAX's, or the one in the home."""
+    try:
+        path = path or Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "ggsd_jax" / "xla")
+    except RuntimeError:
+        return Check("note", "no home: every start compiles anew", "set JAX_COMPILATION_CACHE_DIR")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -396,7 +412,8 @@ def examine(paths: list[Path]) -> Iterator[Check]:
     yield memory()
     yield shared_memory()
     yield disk()
-    yield writable(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "ggsd_jax" / "xla")))
+    yield compiled_loops()
+    yield writable()
     for given in paths:
         yield path(given)
 

@@ -1,5 +1,6 @@
 """Points in, per-point features out; words in, scores out: what a trained model is for."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -333,9 +334,10 @@ def load(path: str | Path) -> Model:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs in ~/.cache/ggsd_jax/xla, unless JAX was told of another place."""
+    """Keeps compiled programs in ~/.cache/ggsd_jax/xla, unless JAX was told of another place or there is no home."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ggsd_jax" / "xla"))
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ggsd_jax" / "xla"))
 
 
 def network(variables: Mapping[str, Any], arch: str) -> MinkUNet:

@@ -14,6 +14,7 @@ threshold), scenes by their best region. Points without a finite x, y, z are lef
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -308,10 +309,8 @@ def run(args: argparse.Namespace) -> None:
         some = ", ".join(f'"{word}"' for word in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         print(f"note: the stand-in for CLIP that this model was trained with knows no word of {some}")
     model.embed(words)  # what is wrong with them is no scan's fault
-    try:
+    with contextlib.suppress(PermissionError):
         args.out.mkdir(parents=True, exist_ok=True)
-    except PermissionError:
-        pass
     if not os.access(args.out, os.W_OK | os.X_OK):
         raise PermissionError(f"--out={args.out} cannot be written: name another folder")
     found, left_out = {}, []

@@ -1,11 +1,13 @@
+import importlib
 import importlib.metadata
+import pathlib
 
 import numpy as np
 import pytest
 from test_data_openscene import COLORS, LABELS, POINTS, save
 
 from data.ply import write_ply
-from ggsd_jax import doctor
+from ggsd_jax import doctor, inference
 
 
 def report(capsys, *paths):
@@ -57,6 +59,21 @@ def test_pallas_needs_an_nvidia_gpu_of_capability_8(platform, capability, nvidia
 
 def test_a_full_disk_fails_a_small_one_is_noted():
     assert [doctor.disk(free=size).state for size in (int(5e8), int(5e9), int(5e10))] == ["FAIL", "note", "ok"]
+
+
+def test_without_a_home_or_a_place_for_what_numba_compiles_the_variable_to_set_is_named(monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("cannot cache function 'f': no locator available")
+
+    with monkeypatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        patch.setattr(pathlib.Path, "home", fails)
+        assert doctor.writable().advice == "set JAX_COMPILATION_CACHE_DIR"
+        inference.keep_compiled_programs()  # goes without
+    assert doctor.compiled_loops().state == "ok"
+    monkeypatch.setattr(importlib, "import_module", fails)
+    check = doctor.compiled_loops()
+    assert check.state == "FAIL" and "NUMBA_CACHE_DIR" in check.advice
 
 
 def test_this_machine_computes_and_paths_are_told_apart(model_dir, tmp_path, capsys):
