@@ -279,7 +279,7 @@ def _scans(given: Path) -> str:
     from ggsd_jax import query
 
     files, points, broken = query.scene_files([given]), 0, []
-    for file in files:
+    for file in files.values():
         try:
             points += len(query.read_scene(file).points)
         except (ValueError, OSError) as error:

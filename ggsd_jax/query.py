@@ -97,35 +97,41 @@ def winners(scores: Float[np.ndarray, "N Q"], threshold: float) -> Int32[np.ndar
 # --------------------------------------------------------------------------------------------------- the scan
 
 
-def scene_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The scans that some files and folders name, those of a folder by name.
+def scene_files(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """The scans that some files and folders name, those of a folder in alphabetical order, each by its name.
+
+    That is the name of the file, or of its folder where a folder holds a folder for each scan (configs/folder.py).
 
     Raises:
         FileNotFoundError: there is no such file, or no scan in a folder.
         ValueError: a file of another kind, or two scans whose results would have the same name.
     """
-    files: list[Path] = []
+    kinds = " or ".join(CLOUD_SUFFIXES)
+    found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            there = (file for file in path.iterdir() if file.is_file() or file.is_symlink())
-            seen = (file for file in there if not file.name.startswith("."))  # macOS puts ._room.ply beside room.ply
-            inside = sorted(file for file in seen if file.suffix.lower() in CLOUD_SUFFIXES)
-            if not inside:
-                raise FileNotFoundError(f"{path}: no {' or '.join(CLOUD_SUFFIXES)} file in this folder")
-            files += inside
+            named = [(file.stem, file) for file in _scans_in(path)]
+            folders = () if named else sorted(folder for folder in path.iterdir() if folder.is_dir())
+            named += [(folder.name, scans[0]) for folder in folders if len(scans := _scans_in(folder)) == 1]
+            if not named:
+                raise FileNotFoundError(f"{path}: no {kinds} file in this folder, nor one in each of its folders")
         elif not path.is_file():
             raise FileNotFoundError(f"{path}: no such scan")
         elif path.suffix.lower() not in CLOUD_SUFFIXES:
-            kinds = " or ".join(CLOUD_SUFFIXES)
             raise ValueError(f"{path}: expected a {kinds} file; convert it, e.g. with CloudCompare")
         else:
-            files.append(path)
-    stems: dict[str, Path] = {}
-    for file in files:
-        other = stems.setdefault(file.stem, file)
-        if other is not file:
-            raise ValueError(f"{other} and {file}: results are named after scans, and these have the same name")
-    return files
+            named = [(path.stem, path)]
+        for name, file in named:
+            other = found.setdefault(name, file)
+            if other is not file:
+                raise ValueError(f"{other} and {file}: results are named after scans, and these have the same name")
+    return found
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    there = (file for file in folder.iterdir() if file.is_file() or file.is_symlink())
+    seen = (file for file in there if not file.name.startswith("."))  # macOS puts ._room.ply beside room.ply
+    return sorted(file for file in seen if file.suffix.lower() in CLOUD_SUFFIXES)
 
 
 def read_scene(path: Path, unit: str | None = None) -> Scene:
@@ -299,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
     files = scene_files(args.scene)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out={args.out} is a file: name a folder")
-    for file in files:
+    for file in files.values():
         if os.path.realpath(args.out) in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
             raise ValueError(f"--out={args.out} is the folder of {file}, which would be overwritten: name another")
     inference.keep_compiled_programs()
@@ -314,11 +320,11 @@ def run(args: argparse.Namespace) -> None:
     if not os.access(args.out, os.W_OK | os.X_OK):
         raise PermissionError(f"--out={args.out} cannot be written: name another folder")
     found, left_out = {}, []
-    for file in files:
+    for name, file in files.items():
         try:
-            scene = dataclasses.replace(read_scene(file, args.unit), name=file.stem)
+            scene = dataclasses.replace(read_scene(file, args.unit), name=name)
             if labels is None:
-                found[scene.name], lines = answer(model, scene, args)
+                found[name], lines = answer(model, scene, args)
             else:
                 lines = label(model, scene, labels, args)
         except (ValueError, OSError) as error:  # one bad scan does not end a search through many

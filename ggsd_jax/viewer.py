@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -366,12 +366,12 @@ class Page:
 
 
 def serve(
-    model: Model, files: Sequence[Path], labels: LabelSet, *, host: str, port: int, unit: str | None, max_sent: int
+    model: Model, files: Mapping[str, Path], labels: LabelSet, *, host: str, port: int, unit: str | None, max_sent: int
 ) -> Any:
     """Starts the page in threads of its own and returns viser's server.
 
-    A scan is read and encoded when it is first looked at, the last two stay in memory. A browser names scans by their
-    place in `files`, never by a path.
+    A scan is read and encoded when it is first looked at, the last two stay in memory. A browser names scans as
+    `files` does, never by a path.
 
     Raises:
         ImportError: viser is not installed.
@@ -386,15 +386,14 @@ def serve(
     except OSError as error:
         raise ValueError(f"--host={host} is no address of this machine ({error}); 127.0.0.1 or 0.0.0.0?") from error
 
-    known = {file.stem: file for file in files}
     lock = threading.Lock()
 
     @functools.lru_cache(maxsize=2)
     def encoded(name: str) -> Answers:
-        return Answers(model, query.read_scene(known[name], unit), labels)
+        return Answers(model, query.read_scene(files[name], unit), labels)
 
     def answers_of(name: str) -> Answers:
-        if name not in known:
+        if name not in files:
             raise ValueError(f"there is no scan {clean(str(name), 40)!r}")
         with lock:  # two browsers do not encode the same scan twice
             return encoded(name)
@@ -410,7 +409,7 @@ def serve(
 
     @server.on_client_connect
     def _(client: Any) -> None:
-        page = Page(client, list(known), first, answers_of, max_sent)
+        page = Page(client, list(files), first, answers_of, max_sent)
         if client.client_id in server.get_clients():  # it may have left meanwhile
             pages[client.client_id] = page
 
@@ -422,11 +421,11 @@ def serve(
     return server
 
 
-def _first_readable(files: Sequence[Path], unit: str | None) -> tuple[str, np.ndarray]:
+def _first_readable(files: Mapping[str, Path], unit: str | None) -> tuple[str, np.ndarray]:
     """Name and points of the first scan that can be read; the page says what is wrong with the others."""
-    for file in files:
+    for name, file in files.items():
         try:
-            return file.stem, query.read_scene(file, unit).points
+            return name, query.read_scene(file, unit).points
         except (ValueError, OSError) as error:
             problem = error
     raise problem

@@ -122,6 +122,15 @@ def test_a_word_said_twice_is_one_and_words_may_stand_anywhere(model_dir, folder
     assert list(np.load(tmp_path / "a.npz")["words"]) == ["chair", "lamp"]
 
 
+def test_a_folder_may_hold_a_folder_for_each_scan(model_dir, folder, tmp_path, capsys):
+    for scene in ("attic", "hall"):
+        (tmp_path / "scans" / scene).mkdir(parents=True)
+        (tmp_path / "scans" / scene / "cloud.ply").symlink_to(folder / "a.ply")
+    ask(model_dir, f"--scene={tmp_path}/scans", "chair", f"--out={tmp_path / 'out'}")
+    assert '"chair" is in ' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attic.png", "hall.png"}
+
+
 def test_a_link_to_itself_is_one_broken_scan_among_others(model_dir, folder, tmp_path, capsys):
     scans = tmp_path / "scans"
     scans.mkdir()
