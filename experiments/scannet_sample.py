@@ -118,4 +118,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from experiments import published  # which imports this module
+
+    published.call(main)
