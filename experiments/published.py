@@ -8,6 +8,7 @@ import argparse
 import ast
 import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,11 @@ SHORT_RUN = (
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
     """The command line that all tables have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        f"python -m experiments.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", type=Path, help="one of configs/*.py; without it, the rooms of synthetic.py")
     source.add_argument("--samples", type=Path, help="a short run on the scans experiments/scannet_sample.py describes")

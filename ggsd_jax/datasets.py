@@ -135,7 +135,7 @@ def scannet_scans(config: ml_collections.ConfigDict) -> Splits:
 
 def _read_scan(folder: Path, label_set: str, with_views: bool) -> RawScene:
     views = scannet.read_views(folder) if with_views else ()
-    return RawScene(scannet.read_scene(folder, label_set), views, border=scannet.BORDER)
+    return RawScene(scannet.read_scene(folder, label_set), views, scannet.BORDER, scannet.DEPTH_TOLERANCE)
 
 
 def _read_npz(path: Path, simulated: bool) -> RawScene:

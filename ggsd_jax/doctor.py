@@ -374,7 +374,7 @@ KINDS = [
         _LOOKS.format("scannet"),
     ),
     Kind(lambda p: any(p.glob("v1.0-*/sample.json")), _nuscenes, _LOOKS.format("nuscenes")),
-    Kind(lambda p: (p / "sequences").is_dir(), _semantickitti, _LOOKS.format("nuscenes")),
+    Kind(lambda p: (p / "sequences").is_dir(), _semantickitti, "BUILD.md, Data, says how the folder must look"),
     Kind(
         lambda p: any(p.glob("*/region_segmentations")),
         lambda p: f"Matterport3D, {_count(len([*p.glob('*/region_segmentations')]), 'building')}",

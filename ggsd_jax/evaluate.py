@@ -71,6 +71,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path, data_dir: Path | 
     words = protocol_words(config)
     class_text = class_vectors(config, words.words)
     folders = {"supervised": "model"} if config.mode == "supervised" else {"stage1": "stage1", "stage2": "model"}
+    if absent := [folder for folder in folders.values() if not (workdir / folder).is_dir()]:
+        raise FileNotFoundError(f"{workdir / absent[0]} is missing, what training leaves: --mode=train, or all")
     networks = {row: checkpoint.load_model(workdir / folder)[0] for row, folder in folders.items()}
     scenes = prepare.load_split(data_dir, split) if data_dir else datasets.RawScenes(config, split)
     classes = words.classes

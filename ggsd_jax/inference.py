@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Float32, Int32, UInt8
 from tqdm import tqdm
@@ -382,6 +383,7 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(model: MinkUNet, train: bool, variables: Any, feats: Any, pyramid: Any) -> jax.Array:
+    logging.info("compiling the network for up to %d voxels, spread %d", feats.shape[0], pyramid.spread)  # when traced
     if train:
         return model.apply(variables, feats, pyramid, train=True, mutable=["batch_stats"])[0]
     return model.apply(variables, feats, pyramid, train=False)

@@ -173,7 +173,7 @@ def target_capacity(bucket: int, scenes: int, chunk_points: int) -> int:
 
 
 def make_batch(scenes: Sequence[Scene], voxels: Sequence[Voxels], config: ml_collections.ConfigDict) -> Batch:
-    """Concatenates voxelised scenes and pads them to the smallest bucket that holds them.
+    """Concatenates voxelised scenes and pads them to the smallest bucket that holds them and `data.min_voxels`.
 
     A voxel stands for its first point: it has that point's superpoint, colour and 2D feature, or none. In supervised
     training it has the point's label, and no 2D feature.

@@ -5,12 +5,14 @@
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --without=stool "chair"
   python -m ggsd_jax.query --model=out/demo --scene=room.ply --labels=nyu40       # or --labels=words.txt
 
-A scan is a .ply, .pcd, .npz or .xyz file (data/folder.py) in metres, z up; it needs no images, labels or colours. Of
-each scan the folder --out then holds a coloured PLY, the scores (.npz) and a picture (PNG).
+A scan is a .ply, .pcd, .npz or .xyz file (data/folder.py) in metres, z up (of a folder without one, each of its
+folders that holds one); it needs no images, labels or colours. Of each scan the folder --out then holds a coloured
+PLY, the scores (.npz) and a picture (PNG).
 
 A score is between 0 and 1, and over 0.5 where a point is nearer to the words than to "anything" (the mean of the
 classes the network was trained for) and to the words of --without. Regions are ordered by area times (mean score -
-threshold), scenes by their best region. Points without a finite x, y, z are left out of the answer.
+threshold), scenes by their best region; 20 points at least make one. Points without a finite x, y, z are left out of
+the answer.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Pictures of point clouds with NumPy alone: an orthographic look from above into the opened room."""
+"""Pictures of point clouds with NumPy and PIL: an orthographic look from above into the opened room."""
 
 import colorsys
 import contextlib

@@ -28,7 +28,7 @@ from ggsd_jax.profiling import StepTrace
 from ggsd_jax.protocol import class_vectors
 from ggsd_jax.self_distillation import pseudo_labels, update_teacher, vote
 
-AXIS = "data"  # replicas: one per local device
+AXIS = "data"  # replicas: one per device, of all processes
 MODES = ("ggsd", "supervised")
 SUPERVISED = 0  # the "stage" of training with labels
 _NAMES = ("training with labels", "stage 1", "stage 2")

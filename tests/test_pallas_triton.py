@@ -84,9 +84,10 @@ def test_the_kernels_compute_what_the_reference_defines(name):
         check_against_reference(INTERPRETED[name])
 
 
-def test_half_precision_is_rounded_once_at_the_end():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rounded_once_at_the_end(dtype):
     with targeting(INTERPRET):
-        check_against_reference(AWKWARD["several scenes"], "bfloat16")
+        check_against_reference(AWKWARD["several scenes"], dtype)
 
 
 def test_blocks_change_no_result_beyond_rounding():

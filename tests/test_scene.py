@@ -141,6 +141,12 @@ def test_a_wrong_view_is_named(wrong, message):
         view(**wrong)
 
 
+@pytest.mark.parametrize("name", ["../../escaped", "house/kitchen", "", None])
+def test_a_name_that_leads_to_another_folder_is_refused(name):
+    with pytest.raises(ValueError, match=f"scene '{name}': expected a name that can begin a file's"):
+        Scene(name, np.zeros((1, 3), np.float32))
+
+
 def test_the_pixels_of_a_view_lie_on_its_own_grid_and_have_8_bits(tmp_path):
     image = RNG.integers(0, 256, (6, 8, 3)).astype(np.uint8)
     np.testing.assert_array_equal(view(image=image).pixels(), image[::2, ::2])

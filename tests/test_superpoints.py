@@ -93,6 +93,11 @@ def test_partitions_are_those_of_pcl_on_every_golden_setting(name, golden, metri
 
         assert metrics.partition_ari(ours, theirs) >= 0.999, key
         assert metrics.mean_best_overlap(ours, theirs) >= 0.97, key
+        if "growsp" not in key:
+            voxel, seed = (np.float32(options[f"{of}_resolution"]) for of in ("voxel", "seed"))
+            positions = voxelize(points, None, None, float(voxel)).features[:, :3].copy()
+            seeds = select_seeds(positions, kd_tree.build(positions), voxel, seed)
+            assert (len(positions), len(seeds)) == (entry["n_voxels"], entry["n_seeds"]), key
         superpoints = entry["metrics"]["n_superpoints"]
         assert abs(ours.max() - superpoints) <= 0.02 * superpoints, key
         assert abs((ours > 0).mean() - (theirs > 0).mean()) <= 0.002, key
@@ -142,6 +147,9 @@ def test_shuffling_the_points_changes_nothing_but_rounding(golden, metrics):
     labels = vccs(points, colors, **options)
     shuffled = vccs(points[order], colors[order], **options)
     assert metrics.partition_ari(labels[order] + 1, shuffled + 1) >= 0.9998
+    labels = vccs(points, colors, **options, refine_iterations=2)
+    shuffled = vccs(points[order], colors[order], **options, refine_iterations=2)
+    assert metrics.partition_ari(labels[order] + 1, shuffled + 1) >= 0.99  # each refinement carries rounding on
 
 
 # Multiples of 1/64 add up without rounding.

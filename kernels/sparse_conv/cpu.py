@@ -14,6 +14,8 @@ from kernels.sparse_conv.cpu_kernels import COLUMNS, CONVOLUTION, ROWS, WEIGHT_G
 from kernels.sparse_conv.gradients import differentiable, oriented
 from kernels.sparse_conv.target import default_target
 
+_ROWS_IN_CACHE = 4096  # of the output: all offsets add to these before the next, so that what they read stays near
+
 
 def unsupported(dtype) -> str | None:
     """Why features of this dtype cannot be convolved here; None if they can."""
@@ -42,7 +44,7 @@ def _multiply(num_out, features, weights, pairs):
     target = pairs[1]
     lowest, highest = target.min(1), jnp.where(target < num_out, target, -1).max(1)  # once for all layers of a map
     threads = _threads()
-    chunks = np.int64(4 * threads if threads > 1 else 1)
+    chunks = np.int64(max(4 * threads if threads > 1 else 1, num_out // _ROWS_IN_CACHE))
     call = jax.ffi.ffi_call(CONVOLUTION, out, vmap_method="sequential")
     return call(features, panels, *pairs, lowest, highest, chunks=chunks)[:, :width]
 
