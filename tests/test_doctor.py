@@ -129,7 +129,7 @@ def test_data_sets_and_scans_of_every_kind_are_told_apart(tmp_path):
     broken = doctor.path(tmp_path / "scans")
     assert broken.state == "FAIL" and "1 of 3 scans cannot be used: " in broken.what and "c.ply" in broken.what
     broken = doctor.path(tmp_path / "bad")
-    assert broken.state == "FAIL" and "nuscenes.py" in broken.advice
+    assert broken.state == "FAIL" and "BUILD.md" in broken.advice
 
 
 def test_openscenes_downloads_are_counted_and_the_text_is_told(tmp_path):
