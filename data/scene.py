@@ -252,7 +252,7 @@ def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def check_labels(scene: Scene, num_classes: int) -> None:
     """Raises ValueError where a label of the scene is neither in 0..num_classes-1 nor 255."""
     if scene.labels is None:
-        raise ValueError(f"scene '{scene.name}': labels is missing; it needs labels, to be scored by or simulated from")
+        raise ValueError(f"scene '{scene.name}': labels is missing, to be scored by or simulated from")
     bad = np.flatnonzero((scene.labels >= num_classes) & (scene.labels != IGNORE))
     if bad.size:
         raise ValueError(

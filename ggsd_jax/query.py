@@ -10,9 +10,9 @@ folders that holds one); it needs no images, labels or colours. Of each scan the
 PLY, the scores (.npz) and a picture (PNG).
 
 A score is between 0 and 1, and over 0.5 where a point is nearer to the words than to "anything" (the mean of the
-classes the network was trained for) and to the words of --without. Regions are ordered by area times (mean score -
-threshold), scenes by their best region; 20 points at least make one. Points without a finite x, y, z are left out of
-the answer.
+classes the network was trained for) and to the words of --without. A region has at least 20 points. Regions are
+ordered by area times (mean score - threshold), scenes by their best region. Points without a finite x, y, z are left
+out of the answer.
 """
 
 import argparse

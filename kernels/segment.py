@@ -37,8 +37,8 @@ def segment_mean(
 ) -> Float[Array, "{num_segments} C"]:
     """Mean of the valid rows of each segment, zeros for an empty segment; differentiable in `values`.
 
-    Sums are taken one row after the other in at least float32, so that a mean over 100,000 rows is good to 1e-4 (take
-    float64 for more); the result has the dtype of `values`.
+    Sums are taken one row after the other in at least float32, so that a mean over 100,000 rows is good to about
+    1e-4 (take float64 for more); the result has the dtype of `values`.
 
     Args:
         segments: 0..num_segments - 1; a row with any other id (-1) is in none.
